@@ -1,0 +1,120 @@
+"""``Adapter``: the updates of one model's modules, with where they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from lorchestra.adapter.digest import adapter_digest
+from lorchestra.adapter.lowrank import LowRank
+from lorchestra.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class Parent:
+    """An adapter that this one was made from or trained beside, with its coefficient."""
+
+    name: str
+    digest: str
+    coefficient: float
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """How an adapter came to be. Every field is plain JSON.
+
+    ``made_by`` is ``"stage"``, ``"fusion"`` or ``"foreign"`` (another tool's directory).
+    ``parents`` are the members of a fusion. ``context`` are the adapters that were active while a stage
+    trained, at the *final* weights of their schedules: with this adapter at 1 they are its *stack*.
+    """
+
+    made_by: str = "foreign"
+    name: str = ""
+    task: str = ""
+    parents: tuple[Parent, ...] = ()
+    context: tuple[Parent, ...] = ()
+    data: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    tools: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BaseId:
+    """Which base an adapter belongs to: a name for people, digests for the check.
+
+    ``weights``, ``tokenizer`` and ``template`` are ``sha256:…`` or empty where unknown.
+    """
+
+    name: str = ""
+    weights: str = ""
+    tokenizer: str = ""
+    template: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Module path → :class:`LowRank`, frozen.
+
+    Args:
+        modules: full module path in the base (``model.layers.0.self_attn.q_proj``) → its update, float32.
+        base: which base it was trained on; empty digests mean unverified.
+        lineage: how it was made.
+        transposed: paths of modules whose weight is stored ``[in, out]`` (``Conv1D``). ΔW here is ``[out, in]``
+            all the same; only what writes weights into a base looks at this.
+
+    Raises:
+        AdapterError: no modules, or NaN or infinity in a factor.
+    """
+
+    modules: Mapping[str, LowRank]
+    base: BaseId = BaseId()
+    lineage: Lineage = Lineage()
+    transposed: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not self.modules:
+            raise AdapterError("an adapter needs at least one module; this one has none")
+        for path, module in self.modules.items():
+            if not (torch.isfinite(module.B).all() and torch.isfinite(module.A).all()):
+                raise AdapterError(f"adapter module {path!r} holds NaN or infinity; it was damaged or its training diverged")
+        object.__setattr__(self, "modules", MappingProxyType(dict(sorted(self.modules.items()))))
+
+    @cached_property
+    def digest(self) -> str:
+        """``sha256:…`` of the folded factors (module path, shape, dtype, bytes)."""
+        return adapter_digest(self.modules)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers held in all factors."""
+        return sum(m.parameters for m in self.modules.values())
+
+    def norm(self) -> float:
+        """‖ΔW‖ over all modules together (Frobenius)."""
+        return sum(m.norm() ** 2 for m in self.modules.values()) ** 0.5
+
+    def __mul__(self, weight: float) -> Adapter:
+        """The adapter at coefficient ``weight``; the lineage goes with the caller."""
+        return Adapter({p: m * weight for p, m in self.modules.items()}, self.base, Lineage(), self.transposed)
+
+    __rmul__ = __mul__
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Adapter:
+        """Read a PEFT directory (ours or any tool's); see :func:`lorchestra.adapter.peft_format.read_peft`."""
+        from lorchestra.adapter.peft_format import read_peft
+
+        return read_peft(Path(directory))
+
+    def save(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+        """Write a PEFT directory, whole or not at all; see :func:`lorchestra.adapter.peft_format.write_peft`."""
+        from lorchestra.adapter.peft_format import write_peft
+
+        return write_peft(self, Path(directory), dtype=dtype)
