@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -44,7 +45,9 @@ class LoraSettings(Settings):
     @property
     def scale(self) -> float:
         """s of ΔW = s·B·A: α/r, α/√r or α."""
-        return {"lora": self.alpha / self.rank, "rslora": self.alpha / self.rank**0.5, "constant": self.alpha}[self.scaling]
+        if self.scaling == "constant":
+            return self.alpha
+        return self.alpha / (self.rank if self.scaling == "lora" else math.sqrt(self.rank))
 
 
 class TrainSettings(Settings):
@@ -61,6 +64,7 @@ class TrainSettings(Settings):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     eval_every: Annotated[int, Field(ge=1)] | None = None
     patience: Annotated[int, Field(ge=1)] | None = None
+    eval_limit: Annotated[int, Field(ge=1)] | None = None
     checkpoint_every: Annotated[int, Field(ge=1)] = 20
     gradient_checkpointing: bool = False
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()

@@ -1,0 +1,149 @@
+"""One linear module with K adapters and a coefficient for each, per row.
+
+Axis letters: b rows (sequences), L positions, n in_features, m out_features, K active members, R = Σ rᵢ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, linear
+
+from lorchestra.adapter.lowrank import LowRank
+from lorchestra.errors import AdapterError
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Which members act, and how strongly.
+
+    Args:
+        members: K names, in the order of the columns of ``coefficients``.
+        coefficients: ``[1, K]`` (the same for all rows) or ``[b, K]`` float32; may require gradients.
+    """
+
+    members: tuple[str, ...]
+    coefficients: Tensor
+
+    @property
+    def per_row(self) -> bool:
+        """Whether every row has coefficients of its own."""
+        return self.coefficients.shape[0] > 1
+
+
+class Switch:
+    """The one place where a bank's layers look up the present selection."""
+
+    def __init__(self) -> None:
+        self.selection: Selection | None = None
+
+
+class TrainableMember(nn.Module):
+    """The adapter that is being trained: float32 masters of A and B for every target module.
+
+    Args:
+        factors: module path → ``(B [m, r], A [r, n])`` float32, without the scale.
+        scale: s of ΔW = s·B·A.
+        dropout: share of the inputs of A set to zero while in training mode.
+    """
+
+    def __init__(self, factors: dict[str, tuple[Tensor, Tensor]], scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.paths = tuple(sorted(factors))
+        self.scale = scale
+        self.dropout = dropout
+        self.B = nn.ParameterList([nn.Parameter(factors[p][0].clone()) for p in self.paths])
+        self.A = nn.ParameterList([nn.Parameter(factors[p][1].clone()) for p in self.paths])
+
+    def folded(self) -> dict[str, LowRank]:
+        """Module path → ΔW with the scale in B, detached copies on the CPU."""
+        pairs = zip(self.paths, self.B, self.A, strict=True)
+        return {path: LowRank(B.detach().cpu() * self.scale, A.detach().cpu().clone()) for path, B, A in pairs}
+
+
+@dataclass(frozen=True, eq=False)
+class _Stack:
+    """The frozen members of a selection at one module: ``A [R, n]``, ``B [m, R]``, ``column [R]`` (→ coefficient)."""
+
+    selection: tuple[str, ...]
+    A: Tensor
+    B: Tensor
+    column: Tensor
+
+
+class BankLayer:
+    """The adapters at one linear module; a forward hook that adds Σᵢ c[b, i]·(x Aᵢᵀ) Bᵢᵀ to its output."""
+
+    def __init__(self, path: str, switch: Switch, device: torch.device, dtype: torch.dtype) -> None:
+        self.path = path
+        self.switch = switch
+        self.device = device
+        self.dtype = dtype
+        self.frozen: dict[str, LowRank] = {}
+        self.trainable: tuple[str, TrainableMember, int] | None = None
+        self._stack: _Stack | None = None
+
+    def load(self, name: str, update: LowRank) -> None:
+        """Mount ``update``, in the module's dtype and on its device."""
+        self.frozen[name] = update.to(device=self.device, dtype=self.dtype)
+        self._stack = None
+
+    def evict(self, name: str) -> None:
+        """Forget ``name``, if it is here."""
+        if self.trainable is not None and self.trainable[0] == name:
+            self.trainable = None
+        self.frozen.pop(name, None)
+        self._stack = None
+
+    @property
+    def empty(self) -> bool:
+        """Nothing is mounted here."""
+        return not self.frozen and self.trainable is None
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """The forward hook: ``args[0]`` is ``[b, L, n]`` (or ``[…, n]`` when coefficients are shared)."""
+        selection = self.switch.selection
+        if selection is None:
+            return output
+        x = args[0]
+        if selection.per_row and (x.ndim < 3 or x.shape[0] != selection.coefficients.shape[0]):
+            raise AdapterError(
+                f"{self.path}: coefficients for {selection.coefficients.shape[0]} rows, but the input is "
+                f"{tuple(x.shape)}; give one row of coefficients per sequence of the batch"
+            )
+        stack = self._stacked(selection.members)
+        if stack is not None:
+            z = linear(x, stack.A) * _spread(selection, stack.column, x)
+            output = output + linear(z, stack.B)
+        if self.trainable is not None and self.trainable[0] in selection.members:
+            name, member, index = self.trainable
+            column = torch.tensor([selection.members.index(name)], device=x.device)
+            A, B = member.A[index].to(x.dtype), member.B[index].to(x.dtype)
+            seen = dropout(x, member.dropout, training=member.training) if member.dropout else x
+            z = linear(seen, A) * (_spread(selection, column, x) * member.scale)
+            output = output + linear(z, B)
+        return output
+
+    def _stacked(self, members: tuple[str, ...]) -> _Stack | None:
+        if self._stack is None or self._stack.selection != members:
+            here = [(k, self.frozen[name]) for k, name in enumerate(members) if name in self.frozen]
+            if not here:
+                return None
+            columns = [torch.full((update.rank,), k, dtype=torch.int64, device=self.device) for k, update in here]
+            self._stack = _Stack(
+                members,
+                torch.cat([update.A for _, update in here]),
+                torch.cat([update.B for _, update in here], dim=1),
+                torch.cat(columns),
+            )
+        return self._stack
+
+
+def _spread(selection: Selection, column: Tensor, x: Tensor) -> Tensor:
+    """Coefficients in the shape that multiplies ``x Aᵀ``: ``[R]``, or ``[b, 1, …, R]`` per row; in x's dtype."""
+    wide = selection.coefficients[:, column].to(x.dtype)
+    if not selection.per_row:
+        return wide[0]
+    return wide.reshape(wide.shape[0], *([1] * (x.ndim - 2)), wide.shape[1])

@@ -1,0 +1,221 @@
+"""One stage: base + frozen context → one new adapter, and proof that nothing else changed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorchestra.adapter.adapter import Adapter, BaseId, Lineage, Parent
+from lorchestra.adapter.digest import tensor_bytes
+from lorchestra.bank import Bank
+from lorchestra.data.render import Rendered
+from lorchestra.errors import TrainingError, UserError
+from lorchestra.events import SILENT, Reporter
+from lorchestra.train.checkpoint import Progress
+from lorchestra.train.context import final_weights, first_weights
+from lorchestra.train.loop import Loop
+from lorchestra.train.lora import new_member
+from lorchestra.train.objectives import Layout, PreferenceObjective, SftObjective
+from lorchestra.train.orthogonality import row_bases
+from lorchestra.train.schedule import BatchPlan
+from lorchestra.train.settings import ContextMember, LoraSettings, Objective, TrainSettings
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """Everything a stage depends on.
+
+    Args:
+        name: of the stage and of its adapter.
+        objective: sft or dpo, and its numbers.
+        lora: the new adapter.
+        train: how it is trained.
+        items: rendered training items (one branch for sft; chosen and rejected for dpo).
+        validation: rendered items for early stopping; may be empty.
+        context: name → (adapter, its schedule), in order.
+        init_seed: of the new adapter's factors.
+        data_seed: of the order of the data and of dropout.
+        data: name → digest of the data, for the lineage.
+    """
+
+    name: str
+    objective: Objective
+    lora: LoraSettings
+    train: TrainSettings
+    items: Sequence[Rendered]
+    validation: Sequence[Rendered]
+    context: Mapping[str, tuple[Adapter, ContextMember]]
+    init_seed: int = 0
+    data_seed: int = 0
+    data: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """The new adapter (best validated factors, scale folded in), how training went, and what was trained."""
+
+    adapter: Adapter
+    progress: Progress
+    steps: int
+    steps_per_epoch: int
+    trainable: int
+    first_preference_loss: float | None
+
+
+def train_stage(
+    model: nn.Module,
+    base: BaseId,
+    pad_id: int,
+    inputs: StageInputs,
+    directory: Path,
+    *,
+    reporter: Reporter = SILENT,
+    log_directory: Path | None = None,
+) -> StageResult:
+    """Train one new adapter on a frozen model beside its frozen context.
+
+    Args:
+        model: a frozen transformers causal language model in eval mode; it is left as it was.
+        base: its fingerprint.
+        pad_id: token id for padding.
+        inputs: see :class:`StageInputs`.
+        directory: for checkpoints (created; the caller removes it when the result is safe). Running again
+            with the same directory and inputs goes on from the newest checkpoint and ends bitwise the same on
+            a CPU.
+        reporter: progress and events.
+        log_directory: where trackers (``report_to``) write.
+
+    Raises:
+        UserError: no training items.
+        TrainingError: a law does not hold (frozen tensors changed, the preference law), or training diverged.
+    """
+    if not inputs.items:
+        raise UserError(f"stage {inputs.name!r} has no training items")
+    directory.mkdir(parents=True, exist_ok=True)
+    before = frozen_digest(model)
+    bank = Bank(model, base)
+    layout = Layout.of(model, pad_id)
+    schedules = {name: member for name, (_, member) in inputs.context.items()}
+    try:
+        for name, (adapter, _) in inputs.context.items():
+            bank.load(name, adapter)
+        member = new_member(model, inputs.lora, inputs.init_seed).to(layout.device)
+        bank.mount_trainable(inputs.name, member)
+        objective: SftObjective | PreferenceObjective
+        validation = list(inputs.validation)[: inputs.train.eval_limit]
+        if inputs.objective.task == "sft":
+            objective = SftObjective(model, layout, inputs.items, validation)
+        else:
+            objective = PreferenceObjective(model, layout, inputs.items, validation, inputs.objective)
+        plan = BatchPlan(objective.lengths, inputs.train, inputs.data_seed, objective.fixed)
+        first_loss = None
+        if isinstance(objective, PreferenceObjective):
+            fresh = not any(directory.glob("step-*"))
+            start = first_weights(schedules)
+            objective.score_reference(bank, start, plan.composition(), directory / "reference.safetensors", reporter)
+            first_loss = objective.assert_preference_law(bank, inputs.name, start, plan.composition(), fresh)
+            reporter.event("preference_law", stage=inputs.name, loss=first_loss)
+        bases: dict[str, torch.Tensor] = {}
+        if inputs.lora.orthogonality.against_context:
+            bases = {path: Q.to(layout.device) for path, Q in row_bases(_context_rows(inputs.context)).items()}
+        torch.manual_seed(inputs.data_seed)
+        with _checkpointing(model, inputs.train.gradient_checkpointing):
+            loop = Loop(
+                bank, inputs.name, member, objective, plan, inputs.train, inputs.lora.orthogonality,
+                schedules, bases, directory, reporter, log_directory,
+            )  # fmt: skip
+            progress = loop.run()
+        _assert_context_unchanged(bank, inputs)
+        modules = member.folded()
+    finally:
+        bank.unmount()
+    if frozen_digest(model) != before:
+        raise TrainingError(f"stage {inputs.name!r} changed a tensor of the frozen base; its adapter is not kept")
+    adapter = Adapter(modules, base, _lineage(inputs, schedules, progress), _transposed(model, modules))
+    trainable = sum(p.numel() for p in member.parameters())
+    return StageResult(adapter, progress, plan.steps, plan.steps_per_epoch, trainable, first_loss)
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """SHA-256 over every parameter and buffer of ``model``, by name."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict(keep_vars=False).items()):
+        sha.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
+        if tensor.numel():
+            sha.update(tensor_bytes(tensor))
+    return sha.hexdigest()
+
+
+def _assert_context_unchanged(bank: Bank, inputs: StageInputs) -> None:
+    for name, (adapter, _) in inputs.context.items():
+        for path, layer in bank.layers().items():
+            mounted = layer.frozen.get(name)
+            if mounted is None:
+                continue
+            source = adapter.modules[path].to(device=layer.device, dtype=layer.dtype)
+            if not (torch.equal(mounted.A, source.A) and torch.equal(mounted.B, source.B)):
+                raise TrainingError(f"stage {inputs.name!r} changed its frozen context {name!r} at {path}")
+
+
+def _context_rows(context: Mapping[str, tuple[Adapter, ContextMember]]) -> dict[str, list[torch.Tensor]]:
+    rows: dict[str, list[torch.Tensor]] = {}
+    for adapter, _ in context.values():
+        for path, update in adapter.modules.items():
+            rows.setdefault(path, []).append(update.A)
+    return rows
+
+
+def _lineage(inputs: StageInputs, schedules: Mapping[str, ContextMember], progress: Progress) -> Lineage:
+    final = final_weights(schedules)
+    settings: dict[str, Any] = {
+        "objective": inputs.objective.model_dump(mode="json"),
+        "lora": inputs.lora.model_dump(mode="json"),
+        "train": inputs.train.model_dump(mode="json", exclude={"report_to", "checkpoint_every"}),
+        "context": {name: member.model_dump(mode="json") for name, member in schedules.items()},
+        "seeds": {"init": inputs.init_seed, "data": inputs.data_seed},
+    }
+    return Lineage(
+        made_by="stage",
+        name=inputs.name,
+        task=inputs.objective.task,
+        context=tuple(Parent(name, inputs.context[name][0].digest, weight) for name, weight in final.items()),
+        data=dict(inputs.data or {}),
+        settings=settings,
+        metrics={"validation_loss": progress.best_loss, "best_step": progress.best_step},
+        tools=_tools(),
+    )
+
+
+def _tools() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("lorchestra", "torch", "transformers", "accelerate")}
+
+
+def _transposed(model: nn.Module, modules: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset(path for path in modules if type(model.get_submodule(path)).__name__ == "Conv1D")
+
+
+@contextmanager
+def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
+    """Recompute activations in the backward pass; the model otherwise stays in eval mode (no dropout in the base)."""
+    if not wanted:
+        yield
+        return
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.training = True  # this flag alone, not its submodules: transformers checkpoints layers that train
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+        model.gradient_checkpointing_disable()

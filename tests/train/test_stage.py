@@ -1,0 +1,292 @@
+"""Stages on the tiny model: the frozen stays frozen, resume is exact, PEFT agrees, the preference law holds."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from lorchestra.adapter.adapter import Adapter, BaseId
+from lorchestra.adapter.lowrank import LowRank
+from lorchestra.bank import Bank
+from lorchestra.data.render import Branch, Rendered
+from lorchestra.errors import TrainingError, UserError
+from lorchestra.events import Silent
+from lorchestra.objective.batch import pack
+from lorchestra.objective.logprobs import branch_logprobs
+from lorchestra.train import stage as stage_module
+from lorchestra.train.lora import new_member
+from lorchestra.train.settings import ContextMember, LoraSettings, Objective, Orthogonality, TrainSettings
+from lorchestra.train.stage import StageInputs, frozen_digest, train_stage
+
+BASE = BaseId(name="tiny", weights="sha256:tiny")
+
+
+def sft_items(n, seed=0):
+    chance = random.Random(seed)
+    out = []
+    for _ in range(n):
+        prompt = tuple(chance.randrange(4, 260) for _ in range(chance.randrange(3, 9)))
+        answer = (*(100 + (t % 7) for t in prompt[:3]), 2)
+        out.append(Rendered(prompt, (Branch(answer, (True,) * len(answer)),), 0))
+    return out
+
+
+def pairs(n, seed=0):
+    out = []
+    for item in sft_items(n, seed):
+        good = item.branches[0]
+        bad = Branch((*(150 + (t % 7) for t in item.prompt[:3]), 2), good.supervised)
+        out.append(Rendered(item.prompt, (good, bad), 0))
+    return out
+
+
+def adapter_for(model, seed, scale=0.05):
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in path:
+            m, n = module.weight.shape
+            modules[path] = LowRank(
+                torch.randn(m, 2, generator=generator) * scale, torch.randn(2, n, generator=generator) * scale
+            )
+    return Adapter(modules, BASE)
+
+
+def inputs(**changes):
+    values = {
+        "name": "new", "objective": Objective(), "lora": LoraSettings(rank=2, alpha=4),
+        "train": TrainSettings(epochs=2, batch_size=4, learning_rate=1e-2, checkpoint_every=3),
+        "items": sft_items(22), "validation": sft_items(6, seed=1), "context": {},
+    }  # fmt: skip
+    return StageInputs(**(values | changes))
+
+
+def run(model, tmp_path, given, name="work", **kwargs):
+    return train_stage(model, BASE, 3, given, tmp_path / name, **kwargs)
+
+
+def test_sft_learns_and_leaves_the_base_alone(tiny_model, tmp_path):
+    before = frozen_digest(tiny_model)
+    result = run(tiny_model, tmp_path, inputs(train=TrainSettings(epochs=8, batch_size=4, learning_rate=1e-2)))
+    validation = [row["loss"] for row in result.progress.validation]
+    assert min(validation) < 0.8 * validation[0]
+    assert frozen_digest(tiny_model) == before
+    assert result.steps == 8 * result.steps_per_epoch == 8 * 6
+    best = min(result.progress.validation[1:], key=lambda row: row["loss"])
+    assert result.progress.best_step == best["step"]
+    bank = Bank(tiny_model, BASE)
+    bank.load("new", result.adapter)
+    packed = pack(sft_items(6, seed=1), 3)
+    with bank.using({"new": 1.0}), torch.no_grad():
+        loss = -float(branch_logprobs(tiny_model, packed).sums.sum()) / packed.supervised
+    assert loss == pytest.approx(best["loss"], rel=1e-5), "the delivered adapter is the best validated one"
+
+
+def test_same_seeds_same_bits_and_other_seeds_other_bits(tmp_path):
+    from tests.conftest import make_tiny_model
+
+    digests = {
+        key: run(make_tiny_model(), tmp_path, inputs(init_seed=init, data_seed=data), name=key).adapter.digest
+        for key, init, data in [("a", 0, 0), ("b", 0, 0), ("c", 1, 0), ("d", 0, 1)]
+    }
+    assert digests["a"] == digests["b"]
+    assert len(set(digests.values())) == 3
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAfter(Silent):
+    """Ends the process's work from inside, at the n-th training step, as a kill would."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def event(self, kind, **fields):
+        if kind == "train_step" and fields["step"] == self.steps:
+            raise Killed
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_resume_is_bitwise(tiny_model, tmp_path, task, dropout):
+    given = inputs(
+        objective=Objective(task=task),
+        items=sft_items(22) if task == "sft" else pairs(22),
+        validation=sft_items(6, seed=1) if task == "sft" else pairs(6, seed=1),
+        lora=LoraSettings(rank=2, alpha=4, dropout=dropout),
+        context={"old": (adapter_for(tiny_model, 1), ContextMember(schedule="cosine"))},
+    )
+    straight = run(tiny_model, tmp_path, given, name="straight")
+    for steps in (2, 5, 8):
+        with pytest.raises(Killed):
+            run(tiny_model, tmp_path, given, name="killed", reporter=KillAfter(steps))
+    resumed = run(tiny_model, tmp_path, given, name="killed")
+    assert resumed.adapter.digest == straight.adapter.digest
+    keep = [{k: v for k, v in row.items()} for row in straight.progress.history]
+    assert resumed.progress.history == keep
+    assert resumed.progress.validation == straight.progress.validation
+
+
+@pytest.mark.parametrize(("loss", "expected"), [("sigmoid", math.log(2)), ("ipo", 1 / (4 * 0.2**2))])
+def test_preference_law_and_learning(tiny_model, tmp_path, loss, expected):
+    context = {"old": (adapter_for(tiny_model, 1), ContextMember(weight=0.5))}
+    given = inputs(
+        objective=Objective(task="dpo", loss=loss, beta=0.2),
+        items=pairs(22),
+        validation=pairs(6, seed=1),
+        context=context,
+        train=TrainSettings(epochs=6, batch_size=4, learning_rate=5e-3),
+    )
+    result = run(tiny_model, tmp_path, given)
+    assert result.first_preference_loss == pytest.approx(expected, rel=1e-6)
+    assert result.progress.validation[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    assert result.progress.best_loss < 0.8 * expected
+    assert result.progress.history[-1]["accuracy"] > 0.9
+    assert [(p.name, p.coefficient) for p in result.adapter.lineage.context] == [("old", 0.5)]
+
+
+def test_preference_reference_that_is_not_this_models_is_refused(tiny_model, tmp_path):
+    given = inputs(objective=Objective(task="dpo"), items=pairs(8), validation=[])
+    with pytest.raises(Killed):
+        run(tiny_model, tmp_path, given, reporter=KillAfter(1))
+    tiny_model.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
+    with pytest.raises(TrainingError, match="Policy and reference differ"):
+        run(tiny_model, tmp_path, given)
+
+
+def test_context_that_does_nothing_is_refused_for_preference(tiny_model, tmp_path):
+    nothing = adapter_for(tiny_model, 1) * 0.0
+    given = inputs(
+        objective=Objective(task="dpo"), items=pairs(8), validation=[], context={"old": (nothing, ContextMember())}
+    )
+    with pytest.raises(TrainingError, match="equals the bare base"):
+        run(tiny_model, tmp_path, given)
+
+
+def test_a_changed_base_is_noticed(tiny_model, tmp_path, monkeypatch):
+    class Meddler(Silent):
+        def event(self, kind, **fields):
+            if kind == "train_step":
+                tiny_model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+
+    with pytest.raises(TrainingError, match="changed a tensor of the frozen base"):
+        run(tiny_model, tmp_path, inputs(), reporter=Meddler())
+
+
+def test_context_matters_and_fades(tiny_model, tmp_path):
+    old = adapter_for(tiny_model, 1, scale=0.3)
+    results = {}
+    for key, member in {
+        "constant": ContextMember(weight=1.0),
+        "faded": ContextMember(weight=1.0, schedule="linear", to=0.25, start=0.0, end=0.5),
+    }.items():
+        results[key] = run(tiny_model, tmp_path, inputs(context={"old": (old, member)}), name=key)
+    alone = run(tiny_model, tmp_path, inputs(), name="alone")
+    assert len({r.adapter.digest for r in [*results.values(), alone]}) == 3
+    assert results["faded"].adapter.lineage.context[0].coefficient == 0.25
+    assert results["faded"].progress.history[0]["context"] == {"old": 1.0}
+    assert results["faded"].progress.history[-1]["context"] == {"old": 0.25}
+
+
+def test_accumulation_equals_a_larger_batch(tiny_model, tmp_path):
+    """The token mean runs over the whole step, whatever its micro-batches."""
+    common = {"max_steps": 1, "learning_rate": 1e-3}
+    whole = run(tiny_model, tmp_path, inputs(train=TrainSettings(batch_size=22, **common)), name="whole")
+    parts = run(
+        tiny_model, tmp_path, inputs(train=TrainSettings(batch_size=4, gradient_accumulation=6, **common)), name="parts"
+    )
+    assert parts.progress.history[0]["loss"] == pytest.approx(whole.progress.history[0]["loss"], rel=1e-5)
+    assert parts.progress.history[0]["gradient_norm"] == pytest.approx(
+        whole.progress.history[0]["gradient_norm"], rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("rslora", [True, False])
+def test_one_step_equals_peft(tiny_model, tmp_path, rslora):
+    """Training through the bank is training through PEFT: one AdamW step, float32."""
+    import peft
+
+    from tests.conftest import make_tiny_model
+
+    items = sft_items(6)
+    lora = LoraSettings(rank=4, alpha=6, scaling="rslora" if rslora else "lora")
+    train = TrainSettings(
+        max_steps=1, batch_size=6, learning_rate=1e-2, warmup_ratio=0, scheduler="constant", max_grad_norm=0
+    )
+    ours = run(tiny_model, tmp_path, inputs(lora=lora, train=train, items=items, validation=[])).adapter
+
+    reference = make_tiny_model()
+    start = new_member(reference, lora, seed=0)
+    config = peft.LoraConfig(r=4, lora_alpha=6, use_rslora=rslora, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(reference, config)
+    with torch.no_grad():
+        for path, A in zip(start.paths, start.A, strict=True):
+            model.get_submodule(f"base_model.model.{path}.lora_A.default").weight.copy_(A)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2, weight_decay=0.0)
+    total, tokens = 0.0, 0
+    for item in items:
+        ids = torch.tensor([item.prompt + item.branches[0].ids])
+        labels = ids.clone()
+        labels[:, : len(item.prompt)] = -100
+        n = len(item.branches[0].ids)
+        total, tokens = total + model(input_ids=ids, labels=labels).loss * n, tokens + n
+    (total / tokens).backward()
+    optimizer.step()
+    for path, update in ours.modules.items():
+        layer = model.get_submodule(f"base_model.model.{path}")
+        dense = layer.get_delta_weight("default").detach()
+        torch.testing.assert_close(update.dense(), dense, rtol=2e-3, atol=2e-5)
+
+
+def test_early_stopping_keeps_the_best(tiny_model, tmp_path):
+    train = TrainSettings(max_steps=40, batch_size=4, learning_rate=0.5, eval_every=1, patience=3, max_grad_norm=0)
+    result = run(tiny_model, tmp_path, inputs(train=train))
+    assert result.progress.stopped
+    assert result.progress.step < 40
+    assert result.progress.step - result.progress.best_step == 3
+
+
+@pytest.mark.parametrize("mode", ["penalty", "projection"])
+def test_orthogonality_lowers_what_it_measures(tiny_model, tmp_path, mode):
+    context = {"old": (adapter_for(tiny_model, 1), ContextMember())}
+    last = {}
+    for key, chosen in {"off": "penalty", "on": mode}.items():
+        orthogonality = Orthogonality(mode=chosen, weight=0.0 if key == "off" else 50.0, against_context=True)
+        given = inputs(lora=LoraSettings(rank=4, alpha=4, orthogonality=orthogonality), context=context)
+        last[key] = run(tiny_model, tmp_path, given, name=key).progress.history[-1]["orthogonality"]
+    assert last["on"] < last["off"]
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_model, tmp_path):
+    plain = run(tiny_model, tmp_path, inputs(), name="plain")
+    saving = TrainSettings(epochs=2, batch_size=4, learning_rate=1e-2, gradient_checkpointing=True)
+    saved = run(tiny_model, tmp_path, inputs(train=saving), name="saved")
+    assert saved.progress.history[-1]["loss"] == pytest.approx(plain.progress.history[-1]["loss"], rel=1e-4)
+    assert not any(m.training for m in tiny_model.modules())
+
+
+def test_tensorboard_hears_of_it(tiny_model, tmp_path):
+    train = TrainSettings(max_steps=2, batch_size=4, report_to=("tensorboard",))
+    run(tiny_model, tmp_path, inputs(train=train), log_directory=tmp_path / "logs")
+    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+
+
+class TestBadInput:
+    def test_no_items(self, tiny_model, tmp_path):
+        with pytest.raises(UserError, match="no training items"):
+            run(tiny_model, tmp_path, inputs(items=[]))
+
+    def test_divergence(self, tiny_model, tmp_path):
+        bad = adapter_for(tiny_model, 1, scale=1e19)
+        with pytest.raises(TrainingError, match="lower learning_rate"):
+            run(tiny_model, tmp_path, inputs(context={"old": (bad, ContextMember())}, validation=[]))
+
+    def test_unknown_module(self, tiny_model, tmp_path):
+        with pytest.raises(UserError, match="did you mean 'q_proj'"):
+            run(tiny_model, tmp_path, inputs(lora=LoraSettings(target_modules=("q_prj",))))
+        assert stage_module.frozen_digest(tiny_model), "the model can still be used"
