@@ -29,7 +29,10 @@ def make_tiny_tokenizer():
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", bos_token="<|im_start|>", pad_token="<|pad|>",
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        bos_token="<|im_start|>",
+        pad_token="<|pad|>",
         additional_special_tokens=["<|endoftext|>"],
     )
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -40,8 +43,17 @@ def make_tiny_model(seed: int = 0, **overrides):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings = {
-        "vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True, "eos_token_id": 2, "pad_token_id": 3, "bos_token_id": 1,
+        "vocab_size": 260,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+        "bos_token_id": 1,
     } | overrides
     torch.manual_seed(seed)
     # A larger spread than the default 0.02: a tiny model whose logits differ between inputs.

@@ -160,7 +160,6 @@ class TestArticle:
         import json
 
         import peft
-
         from tests.conftest import make_tiny_model
 
         model = get_peft_model(tiny_model, article_config()).eval()

@@ -96,7 +96,7 @@ def test_same_seeds_same_bits_and_other_seeds_other_bits(tmp_path):
     assert len(set(digests.values())) == 3
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -108,7 +108,7 @@ class KillAfter(Silent):
 
     def event(self, kind, **fields):
         if kind == "train_step" and fields["step"] == self.steps:
-            raise Killed
+            raise KilledError
 
 
 @pytest.mark.parametrize("task", ["sft", "dpo"])
@@ -123,12 +123,11 @@ def test_resume_is_bitwise(tiny_model, tmp_path, task, dropout):
     )
     straight = run(tiny_model, tmp_path, given, name="straight")
     for steps in (2, 5, 8):
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             run(tiny_model, tmp_path, given, name="killed", reporter=KillAfter(steps))
     resumed = run(tiny_model, tmp_path, given, name="killed")
     assert resumed.adapter.digest == straight.adapter.digest
-    keep = [{k: v for k, v in row.items()} for row in straight.progress.history]
-    assert resumed.progress.history == keep
+    assert resumed.progress.history == straight.progress.history
     assert resumed.progress.validation == straight.progress.validation
 
 
@@ -152,7 +151,7 @@ def test_preference_law_and_learning(tiny_model, tmp_path, loss, expected):
 
 def test_preference_reference_that_is_not_this_models_is_refused(tiny_model, tmp_path):
     given = inputs(objective=Objective(task="dpo"), items=pairs(8), validation=[])
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         run(tiny_model, tmp_path, given, reporter=KillAfter(1))
     tiny_model.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
     with pytest.raises(TrainingError, match="Policy and reference differ"):
@@ -210,7 +209,6 @@ def test_accumulation_equals_a_larger_batch(tiny_model, tmp_path):
 def test_one_step_equals_peft(tiny_model, tmp_path, rslora):
     """Training through the bank is training through PEFT: one AdamW step, float32."""
     import peft
-
     from tests.conftest import make_tiny_model
 
     items = sft_items(6)

@@ -83,7 +83,9 @@ class Adapter:
             raise AdapterError("an adapter needs at least one module; this one has none")
         for path, module in self.modules.items():
             if not (torch.isfinite(module.B).all() and torch.isfinite(module.A).all()):
-                raise AdapterError(f"adapter module {path!r} holds NaN or infinity; it was damaged or its training diverged")
+                raise AdapterError(
+                    f"adapter module {path!r} holds NaN or infinity; it was damaged or its training diverged"
+                )
         object.__setattr__(self, "modules", MappingProxyType(dict(sorted(self.modules.items()))))
 
     @cached_property

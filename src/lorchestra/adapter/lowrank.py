@@ -97,7 +97,9 @@ def concat(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
         AdapterError: nothing to sum, or the shapes differ.
     """
     if not parts or len(parts) != len(weights):
-        raise AdapterError(f"a sum needs one weight for each of at least one member; got {len(parts)} and {len(weights)}")
+        raise AdapterError(
+            f"a sum needs one weight for each of at least one member; got {len(parts)} and {len(weights)}"
+        )
     _same_shape(parts)
     if len(parts) == 1:
         return parts[0] * weights[0]

@@ -1,0 +1,5 @@
+"""``python -m lorchestra``."""
+
+from lorchestra.cli import main
+
+main()

@@ -1,0 +1,112 @@
+"""What a base is: digests of its weights, its tokenizer and its chat template."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lorchestra.adapter.adapter import BaseId
+from lorchestra.adapter.digest import json_digest
+from lorchestra.base.home import home
+from lorchestra.errors import SourceError
+
+# Format of the cached fingerprints; raise it when the digests are computed differently.
+VERSION = 1
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "spiece.model", "vocab.txt")
+
+
+def fingerprint(directory: Path, name: str = "") -> BaseId:
+    """Digests of a Hugging Face model directory.
+
+    The weights digest is SHA-256 over sorted (tensor name, dtype, shape, bytes) of all safetensors, so it does not
+    depend on how they are spread over files. It is remembered by the files' names, sizes and times.
+
+    Args:
+        directory: holds ``*.safetensors``.
+        name: what to call the base; the directory's name otherwise.
+
+    Raises:
+        SourceError: no safetensors, or a damaged file.
+    """
+    shards = sorted(directory.glob("*.safetensors"))
+    if not shards:
+        raise SourceError(
+            f"{directory} holds no *.safetensors; pickled weights (.bin, .pt) are not read. Convert the model with "
+            "transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in shards]
+    key = json_digest([VERSION, str(directory.resolve()), stats]).removeprefix("sha256:")[:32]
+    cached = home() / "fingerprints" / f"{key}.json"
+    if cached.exists():
+        weights = json.loads(cached.read_text())["weights"]
+    else:
+        weights = _weights_digest(shards)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        partial = cached.with_suffix(".partial")
+        partial.write_text(json.dumps({"weights": weights, "directory": str(directory)}))
+        partial.replace(cached)
+    template = _template(directory)
+    return BaseId(
+        name=name or directory.name,
+        weights=weights,
+        tokenizer=_files_digest([directory / f for f in TOKENIZER_FILES]),
+        template="sha256:" + hashlib.sha256(template.encode()).hexdigest() if template else "",
+    )
+
+
+def _weights_digest(shards: list[Path]) -> str:
+    tensors: dict[str, tuple[Path, int, int, str, list[int]]] = {}
+    for shard in shards:
+        for name, entry, start in _header(shard):
+            first, last = entry["data_offsets"]
+            tensors[name] = (shard, start + first, last - first, entry["dtype"], entry["shape"])
+    sha = hashlib.sha256()
+    for name, (shard, offset, size, dtype, shape) in sorted(tensors.items()):
+        sha.update(f"{name}\0{dtype}\0{tuple(shape)}\0".encode())
+        with shard.open("rb") as stream:
+            stream.seek(offset)
+            left = size
+            while left:
+                block = stream.read(min(left, 1 << 22))
+                if not block:
+                    raise SourceError(f"{shard} ends before its tensor {name!r} does; fetch the file again")
+                sha.update(block)
+                left -= len(block)
+    return "sha256:" + sha.hexdigest()
+
+
+def _header(shard: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """(tensor name, header entry, where the data starts) of a safetensors file."""
+    try:
+        with shard.open("rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(min(size, 100_000_000)))
+    except (struct.error, ValueError) as error:
+        raise SourceError(f"{shard} is not a safetensors file, or is damaged ({error}); fetch it again") from error
+    for name, entry in header.items():
+        if name != "__metadata__":
+            yield name, entry, 8 + size
+
+
+def _files_digest(files: list[Path]) -> str:
+    sha = hashlib.sha256()
+    found = [path for path in files if path.exists()]
+    for path in found:
+        sha.update(f"{path.name}\0".encode())
+        sha.update(path.read_bytes())
+    return "sha256:" + sha.hexdigest() if found else ""
+
+
+def _template(directory: Path) -> str:
+    file = directory / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    config = directory / "tokenizer_config.json"
+    if not config.exists():
+        return ""
+    template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") or ""
+    return template if isinstance(template, str) else json.dumps(template, sort_keys=True)

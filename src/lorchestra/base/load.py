@@ -1,0 +1,194 @@
+"""A base on its device: located, converted if it is GGUF, loaded frozen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from lorchestra.adapter.adapter import BaseId
+from lorchestra.base.fingerprint import fingerprint
+from lorchestra.base.home import home
+from lorchestra.base.locate import file_sha256, locate
+from lorchestra.errors import SourceError, UserError
+from lorchestra.events import SILENT, Reporter
+
+if TYPE_CHECKING:
+    import torch
+
+# Format of converted bases; raise it when the conversion changes.
+CONVERSION = 1
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base: ``model`` in eval mode with nothing trainable, its ``tokenizer``, where they are and what."""
+
+    directory: Path
+    id: BaseId
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def pad_id(self) -> int:
+        """Token id for padding: the tokenizer's, else its end of text (padding is never attended to)."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+
+def prepare_base(source: str, *, relative_to: Path | None = None, reporter: Reporter = SILENT) -> Path:
+    """A Hugging Face directory for ``source``; a GGUF file is dequantised to float32 once and kept.
+
+    Raises:
+        SourceError: not found, not a model, or an architecture that cannot be read.
+    """
+    path = locate(source, relative_to=relative_to, reporter=reporter)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise SourceError(f"base {source!r} is a file, but not GGUF; give a model directory or a .gguf file")
+        return _converted(path, reporter)
+    if not (path / "config.json").exists():
+        if (path / "adapter_config.json").exists():
+            raise SourceError(f"base {source!r} is an adapter, not a model; give its base, and this as an adapter")
+        ggufs = sorted(p.name for p in path.glob("*.gguf"))
+        hint = f"; it holds {', '.join(ggufs[:3])}: name the file" if ggufs else ""
+        raise SourceError(f"base {source!r}: {path} has no config.json, so it is not a model directory{hint}")
+    return path
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """``auto`` is CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: a device that is not there.
+    """
+    import torch
+
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
+    kind = name.split(":")[0]
+    if not available.get(kind, False):
+        there = ", ".join(k for k, ok in available.items() if ok)
+        raise UserError(f"device {name!r} is not available here; there is {there} (or auto)")
+    return torch.device(name)
+
+
+def choose_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
+    """``auto``: bfloat16 where the hardware multiplies it, float16 on older CUDA devices, else float32.
+
+    On a CPU without bfloat16 instructions torch emulates it, a hundred times slower than float32.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    import torch
+
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name != "auto":
+        if name not in named:
+            raise UserError(f"dtype {name!r} is unknown; there are auto, {', '.join(named)}")
+        return named[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and _cpu_multiplies_bfloat16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def load_base(
+    directory: Path, *, name: str = "", device: str = "auto", dtype: str = "auto", allow_remote_code: bool = False
+) -> Base:
+    """Load a model directory, frozen and in eval mode.
+
+    Args:
+        directory: from :func:`prepare_base`.
+        name: what the base is called in lineages (its source, so that it can be found again).
+        device: see :func:`choose_device`.
+        dtype: see :func:`choose_dtype`.
+        allow_remote_code: run Python that the model brings along; only for models you trust.
+
+    Raises:
+        SourceError: transformers cannot load it.
+        UserError: device or dtype.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    where = choose_device(device)
+    kind = choose_dtype(where, dtype)
+    identity = fingerprint(directory, name or source_name(directory))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=allow_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=kind, use_safetensors=True, trust_remote_code=allow_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(f"{directory} cannot be loaded as a causal language model: {error}") from error
+    model.to(where).eval().requires_grad_(False)
+    if model.get_output_embeddings() is None:
+        raise SourceError(f"{directory} is a {type(model).__name__} without an output embedding; not a language model")
+    return Base(directory, identity, model, tokenizer, where, kind)
+
+
+def source_name(directory: Path) -> str:
+    """What a prepared directory was made from; a converted GGUF remembers its file's name."""
+    note = directory / "lorchestra.json"
+    if note.exists():
+        return str(json.loads(note.read_text(encoding="utf-8")).get("name", directory.name))
+    return str(directory)
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False  # not Linux: float32 is right everywhere
+    words = set(flags.split())
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def _converted(gguf: Path, reporter: Reporter) -> Path:
+    digest = file_sha256(gguf)
+    final = home() / "bases" / f"{gguf.stem}-{digest[:16]}-v{CONVERSION}"
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{final}.lock"):
+        if not final.exists():
+            partial = final.with_name(final.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            with reporter.task(f"dequantise {gguf.name}", None, "file") as task:
+                _convert(gguf, partial, digest)
+                task.advance()
+            partial.rename(final)
+    return final
+
+
+def _convert(gguf: Path, out: Path, digest: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise SourceError(
+            f"{gguf.name} cannot be read: {error}. transformers reads GGUF of the common architectures; otherwise "
+            "use the model's original Hugging Face directory"
+        ) from error
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    note = {"schema": 1, "made_by": "gguf", "name": gguf.name, "sha256": digest}
+    (out / "lorchestra.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,57 @@
+"""The verbs, in the order in which a user meets them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lorchestra.cli import chat, doctor, evaluate, finetune, fuse, init, inspect, merge, run
+
+app = typer.Typer(
+    name="lorchestra",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "From a few hundred examples to your own language model: train LoRA adapters in stages on a frozen base, "
+        "fuse them exactly, and deliver a model with an honest verdict.\n\n"
+        "Start with `lorchestra init` (a recipe for your own files), or `lorchestra ft` (one stage from the command "
+        "line). `lorchestra VERB --help` shows examples."
+    ),
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"lorchestra {version('lorchestra')}")
+        raise typer.Exit
+
+
+@app.callback()
+def lorchestra(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options that come before the verb."""
+
+
+RECIPES, COMMANDS, ADAPTERS = "Recipes", "Train from the command line", "Adapters and models"
+app.command("run", rich_help_panel=RECIPES)(run.run)
+app.command("plan", rich_help_panel=RECIPES)(run.plan)
+app.command("check", rich_help_panel=RECIPES)(run.check)
+app.command("init", rich_help_panel=RECIPES)(init.init)
+app.command("ft", rich_help_panel=COMMANDS)(finetune.ft)
+app.command("sft", rich_help_panel=COMMANDS, help="The same as `ft`.")(finetune.ft)
+app.command("dpo", rich_help_panel=COMMANDS)(finetune.dpo)
+app.command("merge-lora", rich_help_panel=ADAPTERS)(merge.merge_lora)
+app.command("merge", rich_help_panel=ADAPTERS)(merge.merge)
+app.command("fuse", rich_help_panel=ADAPTERS)(fuse.fuse)
+app.command("inspect", rich_help_panel=ADAPTERS)(inspect.inspect)
+app.command("chat", rich_help_panel=ADAPTERS)(chat.chat)
+app.command("eval", rich_help_panel=ADAPTERS)(evaluate.evaluate)
+app.command("doctor", rich_help_panel=ADAPTERS)(doctor.doctor)

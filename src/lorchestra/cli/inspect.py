@@ -1,0 +1,60 @@
+"""``lorchestra inspect``: what an adapter directory holds, and what is off."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorchestra.cli.options import Json
+
+
+def inspect(
+    adapter: Annotated[str, typer.Argument(help="A PEFT adapter directory, or hf:org/name.")],
+    sigma: Annotated[float, typer.Option(min=0, help="σ that an untrained A is judged against (σ/√r).")] = 0.02,
+    as_json: Json = False,
+) -> None:
+    """Per module: std of A against σ/√r (judged only at initialisation), effective scale, ‖ΔW‖, and what is off.
+
+    **Examples**
+
+    `lorchestra inspect checkpoints/adapter_stage1`
+
+    `lorchestra inspect hf:org/some-adapter --json`
+    """
+    from lorchestra.adapter.adapter import Adapter
+    from lorchestra.adapter.peft_format import effective_scales
+    from lorchestra.base.locate import locate
+    from lorchestra.cli.progress import make_reporter
+    from lorchestra.train.inspect import inspect_factors
+
+    directory = locate(adapter, relative_to=Path.cwd(), reporter=make_reporter())
+    loaded = Adapter.load(directory)
+    scales = effective_scales(directory)
+    view = inspect_factors({path: (update, scales[path]) for path, update in loaded.modules.items()}, sigma)
+    if as_json:
+        head = {"digest": loaded.digest, "base": loaded.base.name, "parameters": loaded.parameters}
+        typer.echo(json.dumps({**head, **view.as_dict()}, indent=2))
+        return
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("module", "rank", "shape", "std A", "σ/√r", "scale", "‖ΔW‖", "what is off", box=None)
+    for module in view.modules:
+        judged = f"{module.expected_std:.4g}" if module.initial else "–"
+        shape = "×".join(map(str, module.shape))
+        table.add_row(
+            module.path, str(module.rank), shape, f"{module.std_A:.4g}", judged, f"{module.scale:.4g}",
+            f"{module.norm:.4g}", "; ".join(module.flags),
+        )  # fmt: skip
+    console = Console(width=None if Console().is_terminal else 200)
+    console.print(table)
+    console.print(f"{len(view.modules)} modules, {loaded.parameters:,} parameters, ‖ΔW‖ {loaded.norm():.4g} in all")
+    known = "known by digest" if loaded.base.weights else "unverified: shapes only"
+    console.print(f"base {loaded.base.name or 'unnamed'} ({known})")
+    console.print(f"digest {loaded.digest}")
+    for remark in view.remarks:
+        console.print(remark)

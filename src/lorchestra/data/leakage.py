@@ -1,0 +1,59 @@
+"""What is held out must not be trained on, in any stage: the same prompt, or nearly the same text, in two parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorchestra.data.example import Example
+from lorchestra.data.near import near_pairs, shingles, without_boilerplate
+from lorchestra.data.split import content_key, normalise
+
+PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """What was found in one stage.
+
+    Args:
+        near: examples that nearly repeat an earlier one of the same part.
+        leaks: held-out examples whose like is in an earlier part of any stage, each as ``held out ~ its like``.
+        exact: how many of ``leaks`` have the very same prompt.
+    """
+
+    near: int
+    leaks: tuple[str, ...]
+    exact: int
+
+
+def alike(items: Sequence[tuple[str, str, Example]]) -> dict[str, Alike]:
+    """Stage → :class:`Alike`, for all examples of a recipe as (stage, part, example)."""
+    texts = [
+        normalise("\n".join([*(t.content for t in e.messages if t.role != "system"), e.rejected or ""]))
+        for _, _, e in items
+    ]
+    sources = [(stage, example.origin.rpartition(":")[0]) for stage, _, example in items]
+    pairs = dict.fromkeys(near_pairs(without_boilerplate([shingles(text) for text in texts], sources)), False)
+    first: dict[str, dict[str, int]] = {}  # prompt → part → its first example
+    for j, (_, part, example) in enumerate(items):
+        places = first.setdefault(content_key(example)[0], {})
+        pairs |= {(i, j): True for other, i in places.items() if other != part}
+        places.setdefault(part, j)
+    near: dict[str, set[int]] = {stage: set() for stage, _, _ in items}
+    leaks: dict[str, dict[int, str]] = {stage: {} for stage in near}
+    exact: dict[str, set[int]] = {stage: set() for stage in near}
+    for (i, j), same in pairs.items():
+        if items[i][:2] == items[j][:2]:
+            near[items[j][0]].add(j)
+        if items[i][1] != items[j][1]:
+            known, held = sorted((i, j), key=lambda k: PARTS.index(items[k][1]))
+            stage = items[held][0]
+            leaks[stage].setdefault(held, f"{_where(*items[held])} ~ {_where(*items[known])}")
+            if same:
+                exact[stage].add(held)
+    return {s: Alike(len(near[s]), tuple(leaks[s].values()), len(exact[s])) for s in near}
+
+
+def _where(stage: str, part: str, example: Example) -> str:
+    return f"{stage}/{part} {example.origin or normalise(example.prompt[-1].content)[:30]}"

@@ -1,0 +1,77 @@
+"""Answers in words: generation on a model as it stands, with whatever a bank has switched on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens. ``temperature`` 0 is greedy; ``max_new_tokens`` bounds an answer."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+
+@torch.no_grad()
+def answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling = Sampling(),
+    on_text: Callable[[str], None] | None = None,
+) -> list[str]:
+    """Continue each prompt up to its end of turn.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: its tokenizer.
+        prompts: token ids that end where the answer begins; padded on the left into one batch.
+        sampling: see :class:`Sampling`.
+        on_text: hears of pieces of text as they come (one prompt only).
+
+    Returns:
+        The answers' text, without special tokens.
+    """
+    device = next(model.parameters()).device
+    width = max(len(ids) for ids in prompts)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    input_ids = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    kwargs: dict[str, Any] = {"do_sample": sampling.temperature > 0, "pad_token_id": pad}
+    if sampling.temperature > 0:
+        kwargs |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    if on_text is not None:
+        kwargs["streamer"] = _streamer(tokenizer, on_text)
+    out = model.generate(
+        input_ids=input_ids,
+        attention_mask=mask,
+        max_new_tokens=sampling.max_new_tokens,
+        repetition_penalty=sampling.repetition_penalty,
+        eos_token_id=stop_ids(model, tokenizer),
+        **kwargs,
+    )
+    return [tokenizer.decode(row[width:], skip_special_tokens=True).strip() for row in out]
+
+
+def stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Token ids that end an answer: the tokenizer's and the generation config's."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+    return sorted({i for i in ids if i is not None})
+
+
+def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):  # type: ignore[misc]  # transformers is untyped here
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            on_text(text)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,59 @@
+"""The parity law: a merged model answers as the base with its adapter does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorchestra.bank import Bank
+
+# Share of the adapter's own effect on the logits that a merge may disturb, in float32.
+LIMIT = 0.05
+
+
+@dataclass(frozen=True)
+class Parity:
+    """‖logits(merged) − logits(adapter)‖ and ‖logits(adapter) − logits(base)‖ over the same positions."""
+
+    difference: float
+    effect: float
+
+    @property
+    def ratio(self) -> float:
+        """Share of the adapter's effect that differs; infinite if the adapter has none (a vacuous check)."""
+        return self.difference / self.effect if self.effect > 0 else float("inf")
+
+    @property
+    def holds(self) -> bool:
+        """Whether the law holds."""
+        return self.ratio <= LIMIT
+
+
+@torch.no_grad()
+def logits_of(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits ``[L, vocabulary]`` float32 on the CPU of every position of every prompt, one forward pass each."""
+    device = next(model.parameters()).device
+    return [model(input_ids=torch.tensor([list(ids)], device=device)).logits[0].float().cpu() for ids in prompts]
+
+
+def parity(bank: Bank, weights: Mapping[str, float], merged: Any, prompts: Sequence[Sequence[int]]) -> Parity:
+    """Compare a merged model with the base + adapters that it was made from.
+
+    Args:
+        bank: the base with the adapters mounted.
+        weights: their coefficients in the merge.
+        merged: the merged transformers model.
+        prompts: token ids; a few real ones are enough.
+    """
+    with bank.using({}):
+        base = logits_of(bank.model, prompts)
+    with bank.using(weights):
+        adapted = logits_of(bank.model, prompts)
+    found = logits_of(merged, prompts)
+    difference = sum(float((f - a).double().square().sum()) for f, a in zip(found, adapted, strict=True)) ** 0.5
+    effect = sum(float((a - b).double().square().sum()) for a, b in zip(adapted, base, strict=True)) ** 0.5
+    return Parity(difference, effect)

@@ -1,0 +1,116 @@
+"""``report.json`` and ``report.html``: what a run did and what came of it, in one file that needs no network.
+
+The page is made of ``report.json`` alone. Every text in it (names, prompts, answers, recipes) is somebody else's and
+is escaped; a content security policy allows no request and no script but the page's own.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorchestra.errors import StorageError
+from lorchestra.pipeline.drawing import finite
+
+# Characters that HTML or UTF-8 cannot hold; one for one, so that the spans of supervised text stay true.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def render_report(data: Mapping[str, Any]) -> str:
+    """The report as one HTML document; the same data gives the same text.
+
+    Args:
+        data: what ``report.json`` holds. A section that is missing, ``None`` or empty is left out of the page.
+    """
+    from lorchestra.pipeline.report_view import page
+
+    environment, style, script = _template()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    view = page(_printable(_plain(data)))
+    return environment.get_template("report.html.j2").render(
+        **view, style=style, script=script, script_digest=digest
+    )  # fmt: skip
+
+
+def write_report(data: Mapping[str, Any], directory: Path) -> Path:
+    """Write ``report.json`` and ``report.html`` into ``directory``; each appears whole or not at all.
+
+    Numbers that are not finite are written as ``null``: JSON has none.
+
+    Returns:
+        The path of ``report.html``.
+
+    Raises:
+        StorageError: the directory cannot be made or written, or the disk is full.
+    """
+    plain = _plain(data)
+    text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False)
+    page = directory / "report.html"
+    _put(directory / "report.json", text + "\n")
+    _put(page, render_report(plain))
+    return page
+
+
+def _put(path: Path, text: str) -> None:
+    partial: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+        partial = Path(name)
+        # A lone surrogate (half a character, as broken data has them) cannot be written as UTF-8.
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.chmod(0o644)
+        partial.replace(path)
+    except OSError as error:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+        raise StorageError(
+            f"the report cannot be written to {path}: {error.strerror or error}. The run's steps are kept; free "
+            "space or make the directory writable, then run the recipe again"
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    """As JSON would give it back: text keys, lists, ``None`` for NaN and infinity."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float):
+        return value if finite(value) else None
+    return value if value is None or isinstance(value, (str, int)) else str(value)
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_printable(key): _printable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_printable(inner) for inner in value]
+    return _UNPRINTABLE.sub("\ufffd", value) if isinstance(value, str) else value
+
+
+@functools.cache
+def _template() -> tuple[Any, str, str]:
+    """The Jinja environment, the style sheet and the script; all three are files of this package."""
+    import jinja2
+
+    from lorchestra.pipeline.report_view import FILTERS
+
+    loader = jinja2.PackageLoader("lorchestra", "pipeline/templates")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined
+    )
+    environment.filters.update(FILTERS)
+    style, script = (loader.get_source(environment, name)[0] for name in ("report.css", "report.js"))
+    return environment, style, script
