@@ -16,24 +16,8 @@ from lorchestra.data.render import Branch, Renderer
 from lorchestra.data.split import Splits, SplitSpec
 from lorchestra.errors import DataError
 
-WORDS = [
-    "fever",
-    "cough",
-    "sepsis",
-    "lung",
-    "heart",
-    "kidney",
-    "blood",
-    "acute",
-    "renal",
-    "failure",
-    "chest",
-    "pain",
-    "nurse",
-    "ward",
-    "clinic",
-    "dose",
-]
+WORDS = ["fever", "cough", "sepsis", "lung", "heart", "kidney", "blood", "acute"]
+WORDS += ["renal", "failure", "chest", "pain", "nurse", "ward", "clinic", "dose"]
 
 
 def example(i: int, text: str = "", rejected: str | None = None) -> Example:
@@ -107,12 +91,17 @@ def test_near_duplicates_and_leaks_are_found_across_stages(renderer: Renderer) -
 
 
 def test_a_common_instruction_makes_no_two_texts_alike(renderer: Renderer) -> None:
-    instruction = (
-        "You are given the words of a visit; write the one section of the clinical note that they belong to. " * 3
-    )
+    instruction = " ".join(f"word{k}" for k in range(80))
     items = [example(i, f"{instruction} {WORDS[i % 16]} {i} {WORDS[(i * 3) % 16]} {i}") for i in range(30)]
+    assert similarity(*(shingles(item.prompt[0].content) for item in items[:2])) > 0.8, "alike as they stand"
     found = check_data([stage(renderer, items[:20], items[20:25], items[25:])], renderer).as_dict()["general"]
     assert (found["near_duplicates"], found["leakage"]) == (0, 0)
+
+
+def test_training_on_the_same_example_in_two_stages_is_no_leak(renderer: Renderer) -> None:
+    one = stage(renderer, [example(0), example(1)], [example(2)], [example(3)])
+    two = stage(renderer, [example(0), example(1)], [example(2)], [example(3)], name="again")
+    assert [found.leakage for found in check_data([one, two], renderer).stages] == [0, 0]
 
 
 def test_chinese_is_compared_character_by_character() -> None:

@@ -78,6 +78,7 @@ FORMATS: list[tuple[dict[str, Any], str, list[Message], str | None, tuple[str, .
     ),
     # an option's text comes before an index: "2" is the option 2, not the third one
     ({"question": "q", "options": ["3", "2", "1"], "answer": "2"}, "choice", [U("q"), A("2")], None, ("3", "2", "1")),
+    ({"question": "q", "options": ["B", "A"], "answer": "A"}, "choice", [U("q"), A("A")], None, ("B", "A")),
     ({"question": "q", "options": ["1. x", "plain"], "answer": "plain"}, "choice", [U("q"), A("plain")], None, ("1. x", "plain")),
 ]  # fmt: skip
 
@@ -208,6 +209,9 @@ BAD: list[tuple[list[dict[str, Any]], dict[str, Any], str]] = [
     ([{"promt": "q", "completion": "a"}], {}, r"cannot tell the format.*promt, completion.*'promt' is close to 'prompt'"),
     ([{"prompt": "q", "completion": "a"}, {"prompt": "q", "completoin": "a"}], {"format": "prompt_completion"},
      r"rows\.jsonl:2: no column 'completion'.*'completoin' is close to 'completion'"),
+    ([{"prompt": "q", "completion": "a"}] * 3 + [{"prompt": "q", "answr": "a"}], {},
+     r"rows\.jsonl:4: no column 'completion'.*prompt, answr.*'answr' is close to 'answer'"),
+    ([{"conversations": SHAREGPT}] * 3 + [{"conversations": []}], {}, r"rows\.jsonl:4: column 'conversations': expected a list of turns"),
     ([{"prompt": "q", "completion": "a"}], {"format": "alpaca"}, r"not in the format alpaca.*instruction, input"),
     ([{"prompt": "q", "completion": "a"}], {"format": "alpacca"}, r"unknown data format 'alpacca'.*Did you mean 'alpaca'"),
     ([{"prompt": "q", "completion": True}], {}, r"rows\.jsonl:1: column 'completion': expected text, got bool True"),

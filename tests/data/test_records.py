@@ -86,6 +86,8 @@ def test_origins_are_lines_an_editor_shows(tmp_path: Path) -> None:
     assert [record.origin for record in read_records(text)] == ["a.jsonl:2", "a.jsonl:4"]
     table = write(tmp_path / "a.csv", 'prompt,completion\n"two\nlines",b\nc,d\n')
     assert [record.origin for record in read_records(table)] == ["a.csv:2", "a.csv:4"]
+    late = write(tmp_path / "b.csv", "\n\nprompt,completion\na,b\n")
+    assert [record.origin for record in read_records(late)] == ["b.csv:4"]
 
 
 def test_long_csv_fields_are_read(tmp_path: Path) -> None:

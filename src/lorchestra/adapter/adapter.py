@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -100,7 +101,7 @@ class Adapter:
 
     def norm(self) -> float:
         """‖ΔW‖ over all modules together (Frobenius)."""
-        return sum(m.norm() ** 2 for m in self.modules.values()) ** 0.5
+        return math.sqrt(sum(m.norm() ** 2 for m in self.modules.values()))
 
     def __mul__(self, weight: float) -> Adapter:
         """The adapter at coefficient ``weight``; the lineage goes with the caller."""

@@ -16,7 +16,7 @@ from lorchestra.adapter.lowrank import LowRank
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The tensor's elements in row-major order, as bytes (little-endian hosts)."""
     flat = tensor.detach().cpu().contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
 
 
 def adapter_digest(modules: Mapping[str, LowRank]) -> str:

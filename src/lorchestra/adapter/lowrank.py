@@ -6,6 +6,7 @@ The scale of the LoRA layer (α/r, α/√r, …) is folded into B: a ``LowRank``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,13 +82,14 @@ class LowRank:
 
     def norm(self) -> float:
         """‖ΔW‖ (Frobenius), in float64."""
-        return max(self.inner(self), 0.0) ** 0.5
+        return math.sqrt(max(self.inner(self), 0.0))
 
     def singular_values(self) -> Tensor:
         """The ``min(r, m, n)`` leading singular values of ΔW ``[k]``, float64, descending."""
         _, R_B = torch.linalg.qr(self.B.double())
         _, R_A = torch.linalg.qr(self.A.double().T)
-        return torch.linalg.svdvals(R_B @ R_A.T)
+        values: Tensor = torch.linalg.svdvals(R_B @ R_A.T)
+        return values
 
 
 def concat(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -152,7 +153,7 @@ def _choice(row: Row, columns: Columns) -> Draft:
 
 def _turns_have(key: str) -> Callable[[Row, Columns], bool]:
     def holds(row: Row, columns: Columns) -> bool:
-        value = row[columns["messages"]]
+        value = row.get(columns["messages"])
         if isinstance(value, str):
             return value.lstrip().startswith("[") and f'"{key}"' in value
         return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping) and key in value[0]
@@ -223,16 +224,18 @@ FORMATS: dict[str, Format] = {
 
 
 def detect(rows: Sequence[Row], source: str) -> tuple[Format, dict[str, str]]:
-    """The first format of the table that fits every one of ``rows`` (the first few of a source).
+    """The first format of the table that fits ``rows`` (the first few of a source).
 
     Raises:
         DataError: none fits; says which columns there are, what each format expects, and the nearest names.
     """
-    names = [name for name in rows[0] if all(name in row for row in rows)]
-    sometimes = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in names]
+    # A row that lacks a column or has a damaged cell is told by its line when it is read, so most rows decide here.
+    count = Counter(name for row in rows for name in row)
+    names = [name for name in count if 2 * count[name] > len(rows)]
+    sometimes = [name for name in count if name not in names]
     for candidate in FORMATS.values():
         columns = candidate.bind(names, sometimes)
-        if columns is not None and all(candidate.holds(row, columns) for row in rows):
+        if columns is not None and any(candidate.holds(row, columns) for row in rows):
             return candidate, columns
     raise DataError(f"{source}: cannot tell the format. {expected(rows[0], list(FORMATS.values()))}")
 

@@ -101,7 +101,8 @@ def load_examples(
     # Before anything is fetched: what is wrong with the recipe itself.
     reader = _Reader(spec, task)
     path = locate(spec.source, relative_to=relative_to, reporter=reporter, repo_type="dataset")
-    loaded = reader.read(read_records(path), path.name)
+    name = spec.source if path.is_dir() else path.name
+    loaded = reader.read(read_records(path, name), name)
     reporter.say(loaded.describe())
     reporter.event("data", source=spec.source, format=loaded.format, rows=loaded.rows, dropped=dict(loaded.dropped),
                    examples=len(loaded.examples), digest=loaded.digest)  # fmt: skip

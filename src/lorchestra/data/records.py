@@ -30,8 +30,9 @@ class Record:
     values: Mapping[str, Any]
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """The rows of a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, or of a data set directory.
+def read_records(path: Path, name: str | None = None) -> Iterator[Record]:
+    """The rows of a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, or of a data set directory
+    (called ``name`` in origins and messages; a hub's directory has no telling name of its own).
 
     A trailing ``.gz`` is unpacked on the way. Text is UTF-8, with or without a byte order mark, or UTF-16 with one.
 
@@ -39,7 +40,7 @@ def read_records(path: Path) -> Iterator[Record]:
         DataError: a suffix that is not known, a file that is damaged or not what its suffix says (with the line).
     """
     if path.is_dir():
-        yield from _data_set(path)
+        yield from _data_set(path, name or path.name)
         return
     reader = READERS.get(_suffix(path))
     if reader is None:
@@ -214,7 +215,7 @@ READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
 }
 
 
-def _data_set(directory: Path) -> Iterator[Record]:
+def _data_set(directory: Path, name: str) -> Iterator[Record]:
     """A hub data set (its files, downloaded) or one written by ``Dataset.save_to_disk``: the ``train`` split.
 
     Our own splits are made by group, over everything that a stage names; a published ``test`` split stays unread
@@ -224,7 +225,6 @@ def _data_set(directory: Path) -> Iterator[Record]:
 
     from lorchestra.base.locate import home
 
-    name = directory.name
     try:
         if (directory / "state.json").exists() or (directory / "dataset_dict.json").exists():
             loaded = datasets.load_from_disk(str(directory))
@@ -232,14 +232,14 @@ def _data_set(directory: Path) -> Iterator[Record]:
             loaded = datasets.load_dataset(str(directory), cache_dir=str(home() / "datasets"))
     except Exception as error:  # datasets raises whatever its readers raise
         raise DataError(
-            f"cannot read the data set in {directory}: {error}. Name one of its files instead "
+            f"cannot read the data set {name}: {error}. Name one of its files instead "
             "(hf:org/name@revision/path/inside.parquet)."
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
         split = "train" if "train" in loaded else next(iter(loaded)) if len(loaded) == 1 else None
         if split is None:
             raise DataError(
-                f"the data set in {directory} has the splits {', '.join(map(str, loaded))} and none called train: "
+                f"the data set {name} has the splits {', '.join(map(str, loaded))} and none called train: "
                 "name one of its files instead (hf:org/name@revision/path/inside.parquet)"
             )
         loaded, name = loaded[split], f"{name}/{split}"

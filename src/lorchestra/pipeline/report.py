@@ -10,6 +10,8 @@ import base64
 import functools
 import hashlib
 import json
+import math
+import numbers
 import os
 import re
 import tempfile
@@ -17,11 +19,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from lorchestra.errors import StorageError
-from lorchestra.pipeline.drawing import finite
 
 # Characters that HTML or UTF-8 cannot hold; one for one, so that the spans of supervised text stay true.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def render_report(data: Mapping[str, Any]) -> str:
@@ -30,14 +33,14 @@ def render_report(data: Mapping[str, Any]) -> str:
     Args:
         data: what ``report.json`` holds. A section that is missing, ``None`` or empty is left out of the page.
     """
-    from lorchestra.pipeline.report_view import page
+    from lorchestra.pipeline.page.view import page
 
     environment, style, script = _template()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # The policy names the script by what stands between its tags, line breaks included.
+    digest = base64.b64encode(hashlib.sha256(f"\n{script}\n".encode()).digest()).decode()
     view = page(_printable(_plain(data)))
-    return environment.get_template("report.html.j2").render(
-        **view, style=style, script=script, script_digest=digest
-    )  # fmt: skip
+    template = environment.get_template("report.html.j2")
+    return str(template.render(**view, style_sheet=Markup(style), script_text=Markup(script), script_digest=digest))
 
 
 def write_report(data: Mapping[str, Any], directory: Path) -> Path:
@@ -87,9 +90,13 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
-    if isinstance(value, float):
-        return value if finite(value) else None
-    return value if value is None or isinstance(value, (str, int)) else str(value)
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    return str(value)
 
 
 def _printable(value: Any) -> Any:
@@ -105,9 +112,9 @@ def _template() -> tuple[Any, str, str]:
     """The Jinja environment, the style sheet and the script; all three are files of this package."""
     import jinja2
 
-    from lorchestra.pipeline.report_view import FILTERS
+    from lorchestra.pipeline.page.view import FILTERS
 
-    loader = jinja2.PackageLoader("lorchestra", "pipeline/templates")
+    loader = jinja2.PackageLoader("lorchestra", "pipeline/page")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined
     )

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from markupsafe import Markup
 
-from lorchestra.pipeline.drawing import Scale, element, finite, number, ramp, shortened, spanned
+from lorchestra.pipeline.page.drawing import Scale, element, finite, hue_class, number, ramp, shortened, spanned, tick
 
 _POINTS = 300  # more steps than a chart has pixels are averaged in equal runs
 
@@ -32,12 +32,9 @@ class Line:
     style: Literal["line", "faint", "dots"] = "line"
 
     @classmethod
-    def of(
-        cls, name: str, rows: Sequence[Mapping[str, object]], key: str, hue: int = 0, *, dots: bool = False
-    ) -> Line:
-        """The values of ``key`` over ``step``."""
-        found = [(row.get("step"), row.get(key)) for row in rows]
-        points = tuple((float(x), float(y)) for x, y in found if finite(x) and finite(y))  # type: ignore[arg-type]
+    def of(cls, name: str, pairs: Iterable[tuple[object, object]], hue: int = 0, *, dots: bool = False) -> Line:
+        """A series of the pairs (x, y) that are two numbers."""
+        points = tuple((float(x), float(y)) for x, y in pairs if finite(x) and finite(y))
         return cls(name, points, hue, "dots" if dots else "line")
 
     def faint(self) -> Line:
@@ -45,8 +42,8 @@ class Line:
         return Line(self.name, self.points, self.hue, "faint")
 
     def smoothed(self, name: str) -> Line:
-        """Exponential mean over about a fifteenth of the points, corrected for its start (as Adam's means are)."""
-        keep = math.exp(-15 / max(len(self.points), 16))
+        """Exponential mean over about a twelfth of the points, corrected for its start (as Adam's means are)."""
+        keep = math.exp(-12 / max(len(self.points), 24))
         mean, mass, out = 0.0, 0.0, []
         for x, y in self.points:
             mean, mass = keep * mean + (1 - keep) * y, keep * mass + (1 - keep)
@@ -85,14 +82,14 @@ def line_chart(
     width, height = 380, 200
     left, right = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 1, max(xs) + 1)
     across = Scale(left, right, 46, width - 10)
-    up = Scale(low, high, height - 28, 12, log)
+    up = Scale(low, high, height - 30, 12, log)
     parts: list[Markup] = []
-    for tick in up.ticks(4):
-        parts.append(element("line", class_="grid", x1=across.start, x2=across.stop, y1=up(tick), y2=up(tick)))
-        parts.append(element("text", number(tick), class_="tick", x=40, y=up(tick) + 3.5, text_anchor="end"))
-    for tick in across.ticks(5):
-        parts.append(element("text", number(tick), class_="tick", x=across(tick), y=height - 12, text_anchor="middle"))
-    parts.append(element("text", x_label, class_="tick axis", x=across.stop, y=height - 1, text_anchor="end"))
+    for at in up.ticks(5):
+        parts.append(element("line", class_="grid", x1=across.start, x2=across.stop, y1=up(at), y2=up(at)))
+        parts.append(element("text", tick(at), class_="tick", x=40, y=up(at) + 3.5, text_anchor="end"))
+    for at in across.ticks(5):
+        parts.append(element("text", tick(at), class_="tick", x=across(at), y=height - 14, text_anchor="middle"))
+    parts.append(element("text", x_label, class_="tick axis", x=across.stop, y=height - 2, text_anchor="end"))
     parts.append(element("line", class_="base", x1=across.start, x2=across.stop, y1=up.start, y2=up.start))
     for at, text in marks:
         end = across(at) > width * 0.7
@@ -108,10 +105,10 @@ def line_chart(
 def _curve(line: Line, across: Scale, up: Scale) -> list[Markup]:
     places = [(across(x), up(y)) for x, y in line.points]
     path = " ".join(f"{x:.1f},{y:.2f}" for x, y in places)
-    kind = f"curve {line.style} hue{line.hue % 8}"
+    kind = f"curve {line.style} {hue_class(line.hue)}"
     out = [element("polyline", class_=kind, points=path, data_name=line.name)]
     if line.style == "dots" or len(places) == 1:
-        out += [element("circle", class_=f"dot hue{line.hue % 8}", cx=x, cy=y, r=2.8) for x, y in places[:80]]
+        out += [element("circle", class_=f"dot {hue_class(line.hue)}", cx=x, cy=y, r=2.8) for x, y in places[:80]]
     return out
 
 
@@ -128,10 +125,10 @@ def interval_strip(
     if reference is not None:
         parts.append(element("line", class_="mark", x1=across(reference), x2=across(reference), y1=1, y2=height - 1))
     if finite(low) and finite(high):
-        ends = {"x1": across(float(low)), "x2": across(float(high))}  # type: ignore[arg-type]
+        ends = {"x1": across(float(low)), "x2": across(float(high))}
         parts.append(element("line", class_=f"whisker {kind}", y1=middle, y2=middle, **ends))
     if finite(estimate):
-        parts.append(element("circle", class_=f"estimate {kind}", cx=across(float(estimate)), cy=middle, r=3.6))  # type: ignore[arg-type]
+        parts.append(element("circle", class_=f"estimate {kind}", cx=across(float(estimate)), cy=middle, r=3.6))
     return element(
         "svg", *parts, class_="strip", viewBox=f"0 0 {width} {height}", width=width, height=height, aria_hidden="true"
     )
@@ -141,8 +138,8 @@ def bar(value: object, longest: float, hue: int = 0) -> Markup:
     """A horizontal bar of length ``|value| / longest``; negative values are hatched by the style sheet."""
     if not finite(value):
         return Markup("")
-    share = min(abs(float(value)) / longest, 1.0) if longest > 0 else 0.0  # type: ignore[arg-type]
-    kind = f"bar hue{hue % 8}" + (" negative" if float(value) < 0 else "")  # type: ignore[arg-type]
+    share = min(abs(float(value)) / longest, 1.0) if longest > 0 else 0.0
+    kind = f"bar {hue_class(hue)}" + (" negative" if float(value) < 0 else "")
     body = element("rect", class_=kind, x=0, y=4, width=max(share * 150, 1.0), height=10, rx=1.5)
     return element("svg", body, class_="strip", viewBox="0 0 150 18", width=150, height=18, aria_hidden="true")
 
@@ -189,9 +186,9 @@ def score_span(candidates: Sequence[Candidate]) -> tuple[float, float]:
 
 
 def _facets(candidates: Sequence[Candidate], most: int = 4) -> list[tuple[str, list[Candidate]]]:
-    totals = sorted({round(c.total, 3) for c in candidates})
+    totals = sorted({round(c.total, 2) for c in candidates})
     if len(totals) <= most:
-        return [(number(t), [c for c in candidates if round(c.total, 3) == t]) for t in totals]
+        return [(number(t), [c for c in candidates if round(c.total, 2) == t]) for t in totals]
     ordered = sorted(candidates, key=lambda c: c.total)
     cuts = [ordered[len(ordered) * k // most].total for k in range(1, most)]
     out = []
@@ -221,7 +218,7 @@ def _triangle(members: Sequence[str], shown: Sequence[Candidate], low: float, hi
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
 
     parts = [
-        element("polygon", class_="tile", points=path(tile), fill=colour(near.score))
+        element("polygon", class_="shade", points=path(tile), fill=colour(near.score))
         for tile, near in (_tiles(shown) if len(shown) >= 4 else [])
     ]
     parts.append(element("polygon", class_="frame", points=path(_CORNERS)))
@@ -261,7 +258,9 @@ def colour_bar(low: float, high: float) -> Markup:
         element("text", f"{number(low)} best", class_="tick", x=0, y=23),
         element("text", number(high), class_="tick", x=160, y=23, text_anchor="end"),
     )
-    return element("svg", *steps, *ends, class_="key", viewBox="0 0 162 26", width=162, height=26, aria_hidden="true")
+    return element(
+        "svg", *steps, *ends, class_="colourkey", viewBox="0 0 162 26", width=162, height=26, aria_hidden="true"
+    )
 
 
 def _svg(width: float, height: float, label: str, *parts: Markup, **attributes: str) -> Markup:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from lorchestra.pipeline.drawing import element, number, shortened
+from lorchestra.pipeline.page.drawing import element, hue_class, number, shortened
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Edge:
     fades: bool = False
 
 
-_WIDTH, _HEIGHT, _GAP = 138.0, 66.0, 44.0
+_WIDTH, _HEIGHT, _GAP = 154.0, 66.0, 44.0
 
 
 def lineage(
@@ -89,8 +89,10 @@ def _box(node: Node, x: float, y: float, kind: str = "") -> list[Markup]:
         element("rect", class_=style, x=x, y=y, width=_WIDTH, height=_HEIGHT, rx=6),
     ]
     if not kind:
-        parts.append(element("rect", class_=f"stripe hue{node.hue % 8}", x=x, y=y + 6, width=4, height=_HEIGHT - 12))
-    parts.append(element("text", shortened(node.name, 18), class_="strong", x=x + 13, y=y + 22))
+        parts.append(
+            element("rect", class_=f"stripe {hue_class(node.hue)}", x=x, y=y + 6, width=4, height=_HEIGHT - 12)
+        )
+    parts.append(element("text", shortened(node.name, 19), class_="strong", x=x + 13, y=y + 22))
     parts += [
         element("text", shortened(line, 21), class_="soft", x=x + 13, y=y + 40 + 15 * k)
         for k, line in enumerate(node.lines[:2])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from markupsafe import Markup, escape
 
@@ -52,7 +52,7 @@ def pixels(value: Any) -> str:
     return str(value)
 
 
-def finite(value: Any) -> bool:
+def finite(value: object) -> TypeGuard[float]:
     """A number that can be drawn: no truth value, text, NaN or infinity."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -80,6 +80,14 @@ def _power(value: float, digits: int) -> str:
     return f"{mantissa}×10{power}".replace("-", "−")
 
 
+def tick(value: float) -> str:
+    """Short, for an axis: ``0.25``, ``12,000``, ``1.5e-4``."""
+    if value and not 1e-3 <= abs(value) < 1e5:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}".replace("-", "−")
+    return f"{value:,.6g}".replace("-", "−")
+
+
 @dataclass(frozen=True)
 class Scale:
     """Data [low, high] → pixels [start, stop], linear or logarithmic."""
@@ -92,10 +100,14 @@ class Scale:
 
     def __call__(self, value: float) -> float:
         """Pixel of ``value``; outside values are held at the nearer end."""
-        low, high, at = (math.log(v) for v in (self.low, self.high, max(value, self.low))) if self.log else (
-            self.low,
-            self.high,
-            value,
+        low, high, at = (
+            (math.log(v) for v in (self.low, self.high, max(value, self.low)))
+            if self.log
+            else (
+                self.low,
+                self.high,
+                value,
+            )
         )
         share = 0.5 if high == low else min(max((at - low) / (high - low), 0.0), 1.0)
         return self.start + share * (self.stop - self.start)
@@ -118,7 +130,7 @@ class Scale:
         return [round(k * step, 12) for k in range(first, last + 1)]
 
 
-def spanned(values: Iterable[float], *, margin: float = 0.06, include: Sequence[float] = ()) -> tuple[float, float]:
+def spanned(values: Iterable[object], *, margin: float = 0.06, include: Sequence[float] = ()) -> tuple[float, float]:
     """(low, high) around the values, with some air; never empty."""
     known = [v for v in values if finite(v)] + list(include)
     if not known:
@@ -126,6 +138,11 @@ def spanned(values: Iterable[float], *, margin: float = 0.06, include: Sequence[
     low, high = min(known), max(known)
     air = (high - low) * margin or abs(high) * 0.1 or 1.0
     return low - air, high + air
+
+
+def hue_class(index: int) -> str:
+    """Style class of a series colour: eight hues, over and over; the colour of the text below 0."""
+    return f"hue{index % 8}" if index >= 0 else "ink"
 
 
 def ramp(share: float) -> str:
