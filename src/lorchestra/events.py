@@ -20,7 +20,7 @@ class Reporter(Protocol):
     def task(self, name: str, total: float | None = None, unit: str = "it") -> Any:
         """A context manager that yields a :class:`Task`."""
 
-    def event(self, kind: str, **fields: Any) -> None:
+    def event(self, kind: str, /, **fields: Any) -> None:
         """One fact for ``events.jsonl`` (and for trackers): JSON-serialisable fields only."""
 
     def say(self, text: str) -> None:
@@ -39,7 +39,7 @@ class Silent:
     def task(self, name: str, total: float | None = None, unit: str = "it") -> Iterator[Task]:
         yield _SilentTask()
 
-    def event(self, kind: str, **fields: Any) -> None:
+    def event(self, kind: str, /, **fields: Any) -> None:
         return None
 
     def say(self, text: str) -> None:

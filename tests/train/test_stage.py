@@ -106,7 +106,7 @@ class KillAfter(Silent):
     def __init__(self, steps):
         self.steps = steps
 
-    def event(self, kind, **fields):
+    def event(self, kind, /, **fields):
         if kind == "train_step" and fields["step"] == self.steps:
             raise KilledError
 
@@ -169,7 +169,7 @@ def test_context_that_does_nothing_is_refused_for_preference(tiny_model, tmp_pat
 
 def test_a_changed_base_is_noticed(tiny_model, tmp_path, monkeypatch):
     class Meddler(Silent):
-        def event(self, kind, **fields):
+        def event(self, kind, /, **fields):
             if kind == "train_step":
                 tiny_model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
 

@@ -107,6 +107,7 @@ def _answer(mounted: Mounted, renderer: Renderer, turns: list[Message], sampling
 
     with mounted.bank.using(mounted.weights):
         ids = renderer.prompt(turns)
-        text = answers(mounted.base.model, mounted.base.tokenizer, [ids], sampling, on_text=show)[0]
+        model, tokenizer = mounted.base.model, mounted.base.tokenizer
+        text = answers(model, tokenizer, [ids], sampling, stop=renderer.end_of_turn, on_text=show)[0]
     sys.stdout.write("\n")
     return text

@@ -81,7 +81,7 @@ class LineReporter:
         yield task
         task.finish()
 
-    def event(self, kind: str, **fields: Any) -> None:
+    def event(self, kind: str, /, **fields: Any) -> None:
         return None
 
     def say(self, text: str) -> None:
@@ -140,7 +140,7 @@ class BarReporter:
                 figures = [figure(k, v) for k, v in task.figures.items()]
                 self.say(f"{name}: " + ", ".join([*figures, duration(time.monotonic() - started)]))
 
-    def event(self, kind: str, **fields: Any) -> None:
+    def event(self, kind: str, /, **fields: Any) -> None:
         return None
 
     def say(self, text: str) -> None:

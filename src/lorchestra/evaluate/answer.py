@@ -25,6 +25,8 @@ def answers(
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling = Sampling(),
+    *,
+    stop: int | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
     """Continue each prompt up to its end of turn.
@@ -34,6 +36,7 @@ def answers(
         tokenizer: its tokenizer.
         prompts: token ids that end where the answer begins; padded on the left into one batch.
         sampling: see :class:`Sampling`.
+        stop: id of the token that ends an answer (``Renderer.end_of_turn``), beside the model's own.
         on_text: hears of pieces of text as they come (one prompt only).
 
     Returns:
@@ -54,16 +57,16 @@ def answers(
         attention_mask=mask,
         max_new_tokens=sampling.max_new_tokens,
         repetition_penalty=sampling.repetition_penalty,
-        eos_token_id=stop_ids(model, tokenizer),
+        eos_token_id=stop_ids(model, tokenizer, stop),
         **kwargs,
     )
     return [tokenizer.decode(row[width:], skip_special_tokens=True).strip() for row in out]
 
 
-def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Token ids that end an answer: the tokenizer's and the generation config's."""
+def stop_ids(model: Any, tokenizer: Any, stop: int | None = None) -> list[int]:
+    """Token ids that end an answer: ``stop``, the tokenizer's and the generation config's."""
     configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+    ids = [stop, tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
     return sorted({i for i in ids if i is not None})
 
 

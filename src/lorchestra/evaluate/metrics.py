@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lorchestra.evaluate.score import Scores
 from lorchestra.stats.intervals import (
+    RESAMPLES,
     Interval,
     group_index,
     interval_of,
@@ -84,7 +85,7 @@ def differences(a: str, b: str, domain: str, first: Scores, second: Scores) -> l
 
 
 def loss_draws(
-    scores: Mapping[str, Scores], base: Mapping[str, Scores], betas: Mapping[str, float]
+    scores: Mapping[str, Scores], base: Mapping[str, Scores], betas: Mapping[str, float], resamples: int = RESAMPLES
 ) -> NDArray[np.float64]:
     """Mean over domains of loss / base loss: on the sample (first) and on resamples of its groups, ``[B + 1]``.
 
@@ -94,12 +95,13 @@ def loss_draws(
         scores: domain → scores of a model.
         base: domain → scores of the base.
         betas: β of the preference domains.
+        resamples: B.
     """
     total: NDArray[np.float64] | None = None
     for number, (domain, found) in enumerate(scores.items()):
         top, bottom = found.loss(base[domain], betas.get(domain, 0.1))
         index = group_index(found.groups, len(found))
-        drawn = resample(int(index.max()) + 1, seed=number)
+        drawn = resample(int(index.max()) + 1, resamples=resamples, seed=number)
         ratio = (drawn @ np.bincount(index, top)) / (drawn @ np.bincount(index, bottom))
         total = ratio if total is None else total + ratio
     if total is None:

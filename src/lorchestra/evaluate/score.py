@@ -19,6 +19,7 @@ from lorchestra.objective.batch import batches, pack
 from lorchestra.objective.logprobs import branch_logprobs, tree_is_exact
 
 Array = NDArray[np.float64]
+Kind = Literal["sft", "dpo"]
 TOKENS_PER_BATCH = 4096  # positions of a forward pass, padding included
 
 
@@ -35,7 +36,7 @@ class Domain:
     """
 
     name: str
-    kind: Literal["sft", "dpo"]
+    kind: Kind
     items: tuple[Rendered, ...]
     gold: tuple[int, ...]
     groups: tuple[str, ...]
@@ -53,9 +54,7 @@ class Domain:
         return Domain(self.name, self.kind, self.items[:limit], self.gold[:limit], self.groups[:limit])
 
 
-def make_domain(
-    name: str, kind: Literal["sft", "dpo"], examples: Sequence[Example], renderer: Renderer, choices: bool = True
-) -> Domain:
+def make_domain(name: str, kind: Kind, examples: Sequence[Example], renderer: Renderer, choices: bool = True) -> Domain:
     """Render held-out examples for scoring.
 
     Args:
@@ -91,7 +90,7 @@ class Scores:
         groups: of each item.
     """
 
-    kind: Literal["sft", "dpo"]
+    kind: Kind
     sums: tuple[tuple[float, ...], ...]
     tokens: tuple[tuple[int, ...], ...]
     gold: tuple[int, ...]

@@ -162,7 +162,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON so that ``path`` holds all of it or what it held before."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, ensure_ascii=False, sort_keys=True)
+        json.dump(value, stream, indent=2, ensure_ascii=False)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, path)

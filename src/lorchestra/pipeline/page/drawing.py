@@ -7,6 +7,7 @@ Figures are drawn here and not by a plotting library so that they take their col
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -53,8 +54,8 @@ def pixels(value: Any) -> str:
 
 
 def finite(value: object) -> TypeGuard[float]:
-    """A number that can be drawn: no truth value, text, NaN or infinity."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that can be drawn: no truth value, text, NaN, infinity or integer beyond floats."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def number(value: Any, digits: int = 3) -> str:

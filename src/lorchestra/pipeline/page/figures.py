@@ -82,14 +82,14 @@ def line_chart(
     width, height = 380, 200
     left, right = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 1, max(xs) + 1)
     across = Scale(left, right, 46, width - 10)
-    up = Scale(low, high, height - 30, 12, log)
+    up = Scale(low, high, height - 32, 12, log)
     parts: list[Markup] = []
     for at in up.ticks(5):
         parts.append(element("line", class_="grid", x1=across.start, x2=across.stop, y1=up(at), y2=up(at)))
         parts.append(element("text", tick(at), class_="tick", x=40, y=up(at) + 3.5, text_anchor="end"))
     for at in across.ticks(5):
-        parts.append(element("text", tick(at), class_="tick", x=across(at), y=height - 14, text_anchor="middle"))
-    parts.append(element("text", x_label, class_="tick axis", x=across.stop, y=height - 2, text_anchor="end"))
+        parts.append(element("text", tick(at), class_="tick", x=across(at), y=height - 16, text_anchor="middle"))
+    parts.append(element("text", x_label, class_="tick axis", x=across.stop, y=height - 4, text_anchor="end"))
     parts.append(element("line", class_="base", x1=across.start, x2=across.stop, y1=up.start, y2=up.start))
     for at, text in marks:
         end = across(at) > width * 0.7

@@ -98,6 +98,6 @@ def facts(source: Mapping[str, Any], names: Mapping[str, str]) -> list[tuple[str
     return out
 
 
-def present(*texts: str | None) -> tuple[str, ...]:
+def present(*texts: object) -> tuple[str, ...]:
     """The texts that are not empty."""
-    return tuple(text for text in texts if text)
+    return tuple(str(text) for text in texts if text)

@@ -24,7 +24,7 @@ def page(data: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that the template needs; sections without content are empty."""
     stages, fusion, merge = records(data.get("stages")), mapping(data.get("fusion")), mapping(data.get("merge"))
     hues = _hues(stages, fusion)
-    evaluation = mapping(data.get("evaluation"))
+    verdict, evaluation = mapping(data.get("verdict")), mapping(data.get("evaluation"))
     comparison = Comparison(evaluation)
     return {
         "title": str(data.get("title") or "lorchestra run"),
@@ -37,7 +37,8 @@ def page(data: Mapping[str, Any]) -> dict[str, Any]:
             )
             if part
         ],
-        "verdict": mapping(data.get("verdict")),
+        "sentence": str(verdict.get("sentence") or ""),
+        "notes": strings(verdict.get("notes")),
         "tiles": comparison.tiles(),
         "reads": [f"{r.get('domain', '')} {number(r.get('reads'))}×" for r in records(evaluation.get("ledger"))],
         "graph": _graph(mapping(data.get("base")), stages, fusion, merge, hues),
@@ -225,9 +226,11 @@ def _check(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _marked(text: str, spans: Any) -> list[tuple[str, bool]]:
     """The text cut into (piece, supervised); spans that overlap or leave the text are trimmed."""
-    pieces, at = [], 0
-    known = [s for s in spans if isinstance(s, list) and len(s) == 2 and all(isinstance(e, int) for e in s)]
-    for start, end in sorted(known) if isinstance(spans, list) else ():
+    pieces: list[tuple[str, bool]] = []
+    at = 0
+    rows = spans if isinstance(spans, list) else []
+    known = [s for s in rows if isinstance(s, list) and len(s) == 2 and all(isinstance(edge, int) for edge in s)]
+    for start, end in sorted(known):
         start, end = max(start, at), min(end, len(text))
         if start < end:
             pieces += [(text[at:start], False), (text[start:end], True)]

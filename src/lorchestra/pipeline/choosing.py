@@ -1,0 +1,216 @@
+"""Choosing coefficients on λ-validation, fusing, merging: the steps between training and the verdict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lorchestra.adapter.adapter import Adapter
+from lorchestra.bank import Bank
+from lorchestra.base.load import Base, load_base
+from lorchestra.errors import TrainingError
+from lorchestra.evaluate.metrics import loss_draws
+from lorchestra.evaluate.parity import parity
+from lorchestra.evaluate.score import Domain, Kind, Scores, make_domain, score
+from lorchestra.events import Reporter
+from lorchestra.fusion.methods import compress, linear
+from lorchestra.fusion.search import Candidate, Weights, candidates, context_warnings, heuristic, search, weights_key
+from lorchestra.fusion.stream import merge
+from lorchestra.pipeline.cache import Step, StepCache, step_digest, write_json
+from lorchestra.pipeline.prepare import Prepared
+from lorchestra.pipeline.recipe import Recipe
+
+SEARCH_VERSION = FUSE_VERSION = MERGE_VERSION = 1
+PARITY_PROMPTS = 3
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The coefficients, how they were found (the report's ``search``; ``None`` if they were given), and remarks."""
+
+    weights: dict[str, float]
+    search: dict[str, Any] | None
+    warnings: tuple[str, ...]
+    step: Step | None
+
+
+def domains_of(prepared: Prepared, part: str, limit: int | None, choices: bool) -> dict[str, Domain]:
+    """Held-out items of every domain that has some."""
+    found = {}
+    for name, data in prepared.data.items():
+        examples = dict(data.splits.parts())[part]
+        if examples:
+            kind: Kind = "dpo" if data.task == "dpo" else "sft"
+            found[name] = make_domain(name, kind, examples[:limit], prepared.renderer, choices)
+    return found
+
+
+def betas(recipe: Recipe) -> dict[str, float]:
+    """β of every preference stage."""
+    return {stage.name: stage.beta for stage in recipe.stages if stage.task == "dpo"}
+
+
+def choose(
+    prepared: Prepared, members: Mapping[str, Adapter], base: Base, cache: StepCache, reporter: Reporter
+) -> Chosen:
+    """Coefficients as the recipe asks: given, by a heuristic, or searched on λ-validation."""
+    recipe = prepared.recipe
+    asked = recipe.fusion.weights
+    if isinstance(asked, dict):
+        given = {name: float(asked.get(name, 0.0)) for name in members}
+        return Chosen(given, None, tuple(context_warnings(members, given)), None)
+    if asked != "search":
+        weights = heuristic(asked, members)
+        return Chosen(weights, None, tuple(context_warnings(members, weights)), None)
+    # The search works on the stages' own domains: extra domains are for the verdict alone.
+    stages = {stage.name for stage in recipe.stages}
+    found = domains_of(prepared, "validation", recipe.fusion.validation_limit, choices=False)
+    domains = {name: domain for name, domain in found.items() if name in stages}
+    points = candidates(members, recipe.fusion.candidates, recipe.seeds.data)
+    digest = step_digest(
+        "search",
+        SEARCH_VERSION,
+        {"points": [dict(p.weights) for p in points], "betas": betas(recipe), "dtype": str(base.dtype)},
+        {
+            "base": prepared.base.weights,
+            "members": {name: adapter.digest for name, adapter in members.items()},
+            "domains": {name: domain.digest for name, domain in domains.items()},
+        },
+    )
+
+    def make(work: Path) -> dict[str, Any]:
+        return _search(work, points, members, domains, base, betas(recipe), reporter)
+
+    step = cache.build("search", digest, make, reporter.say)
+    tried = [Candidate(c["weights"], c["origin"], c["score"]) for c in step.info["candidates"]]
+    best = min(tried, key=lambda c: c.score if c.score is not None else float("inf"))
+    warnings = []
+    if best.origin == "base":
+        best = min(
+            (c for c in tried if c.origin != "base"), key=lambda c: c.score if c.score is not None else float("inf")
+        )
+        warnings.append(
+            f"On λ-validation the base itself scored best (1.000 against {best.score:.3f} for the best adapters): "
+            "the adapters do not help there. The best of them is delivered all the same, to be judged below."
+        )
+    warnings += context_warnings(members, best.weights)
+    items = sum(len(domain.items) for domain in domains.values())
+    told = {
+        "strategy": "fixed points and scrambled Sobol over total scale × simplex",
+        "members": list(members),
+        "chosen": dict(best.weights),
+        "candidates": [c.as_dict() for c in tried],
+        "validation_items": items,
+    }
+    return Chosen(dict(best.weights), told, tuple(warnings), step)
+
+
+def _search(
+    work: Path,
+    points: list[Candidate],
+    members: Mapping[str, Adapter],
+    domains: Mapping[str, Domain],
+    base: Base,
+    beta: Mapping[str, float],
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Mean over domains of loss / base loss, per candidate; scores are kept as they come."""
+    bank = mounted(base, members)
+    kept = work / "scores.json"
+    known: dict[str, float] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+
+    def measured(weights: Weights) -> dict[str, Scores]:
+        with bank.using(dict(weights)):
+            return {name: score(base.model, domain, base.pad_id) for name, domain in domains.items()}
+
+    reference: dict[str, Scores] = {}
+
+    def value(weights: Weights) -> float:
+        if not reference:
+            reference.update(measured({}))
+        found = measured(weights) if weights_key(weights) else reference
+        return float(loss_draws(found, reference, beta, resamples=1)[0])
+
+    def remember(key: str, number: float) -> None:
+        known[key] = number
+        write_json(kept, known)
+
+    try:
+        result = search(points, value, known=dict(known), reporter=reporter, on_score=remember)
+    finally:
+        bank.unmount()
+    return {"candidates": [candidate.as_dict() for candidate in result.candidates]}
+
+
+def mounted(base: Base, members: Mapping[str, Adapter]) -> Bank:
+    """A bank with all ``members``."""
+    bank = Bank(base.model, base.id)
+    for name, adapter in members.items():
+        bank.load(name, adapter)
+    return bank
+
+
+def fuse_step(
+    prepared: Prepared, members: Mapping[str, Adapter], chosen: Chosen, cache: StepCache, reporter: Reporter
+) -> tuple[Adapter, Step]:
+    """The fused adapter: the exact sum, recompressed if the recipe gives a rank."""
+    recipe = prepared.recipe
+    digests = {name: adapter.digest for name, adapter in members.items()}
+    settings = {"weights": chosen.weights, "rank": recipe.fusion.rank, "name": recipe.name}
+    digest = step_digest("fuse", FUSE_VERSION, settings, {"members": digests, "base": prepared.base.weights})
+
+    def make(work: Path) -> dict[str, Any]:
+        fused = linear(members, chosen.weights, name=recipe.name)
+        retained = 1.0
+        if recipe.fusion.rank is not None:
+            fused, retained = compress(fused, rank=recipe.fusion.rank)
+        whole = replace(fused, base=prepared.base)
+        whole.save(work / "adapter")
+        return {
+            "digest": whole.digest,
+            "rank": max(update.rank for update in whole.modules.values()),
+            "retained": retained,
+            "norms": {name: adapter.norm() for name, adapter in members.items()},
+        }
+
+    step = cache.build("fuse", digest, make, reporter.say)
+    return Adapter.load(step.directory / "adapter"), step
+
+
+def merge_step(prepared: Prepared, fused: Adapter, base: Base, cache: StepCache, reporter: Reporter) -> Step:
+    """The merged model, checked against base + adapter (the parity law)."""
+    dtype = prepared.recipe.deliver.dtype
+    digest = step_digest(
+        "merge", MERGE_VERSION, {"dtype": dtype}, {"base": prepared.base.weights, "adapter": fused.digest}
+    )
+
+    def make(work: Path) -> dict[str, Any]:
+        out = work / "model"
+        report = merge(prepared.directory, fused, out, dtype=dtype, reporter=reporter)
+        with reporter.task("parity", None, "prompt"):
+            merged = load_base(out, device=str(base.device), dtype=str(base.dtype).removeprefix("torch."))
+            bank = mounted(base, {"fused": fused})
+            try:
+                found = parity(bank, {"fused": 1.0}, merged.model, _prompts(prepared))
+            finally:
+                bank.unmount()
+        exact = report.dtype == "float32" and str(base.dtype) == "torch.float32"
+        if exact and not found.holds:
+            raise TrainingError(
+                f"the merged model does not answer as base + adapter do: {found.ratio:.1%} of the adapter's effect on "
+                "the logits differs (5 % is allowed). The merge is not kept"
+            )
+        return {**report.as_dict(), "parity": found.ratio}
+
+    return cache.build("merge", digest, make, reporter.say)
+
+
+def _prompts(prepared: Prepared) -> list[tuple[int, ...]]:
+    prompts = []
+    for data in prepared.data.values():
+        for item in data.rendered["train"][:PARITY_PROMPTS]:
+            prompts.append((item.prompt + item.branches[0].ids)[-256:])
+    return prompts[:PARITY_PROMPTS]

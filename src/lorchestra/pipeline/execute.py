@@ -1,0 +1,265 @@
+"""A run: recipe → stages → coefficients → fused adapter → merged model → verdict → report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lorchestra.base.home import home
+from lorchestra.base.load import Base, choose_device, choose_dtype, load_base
+from lorchestra.events import SILENT, Reporter
+from lorchestra.pipeline.cache import Step, StepCache, run_lock, storage, write_json
+from lorchestra.pipeline.choosing import Chosen, choose, fuse_step, merge_step
+from lorchestra.pipeline.journal import Journal
+from lorchestra.pipeline.judging import Judged, evaluate_step
+from lorchestra.pipeline.prepare import Prepared, prepare
+from lorchestra.pipeline.recipe import Recipe
+from lorchestra.pipeline.report import write_report
+from lorchestra.pipeline.training import (
+    Trained,
+    context_of,
+    load_trained,
+    mixed_inputs,
+    stage_digest,
+    stage_inputs,
+    train,
+)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run delivered.
+
+    Args:
+        directory: of the run: ``report.html``, ``events.jsonl``, ``plan.json``, ``final/``.
+        adapter: the fused adapter, a PEFT directory (``final/adapter``).
+        merged: the merged model (``final/model``), if the recipe asks for one.
+        weights: the coefficients of the members.
+        verdict: one sentence; empty without a sealed test.
+        digests: step name → content digest of the adapter it made.
+        report: ``report.html``.
+    """
+
+    directory: Path
+    adapter: Path
+    merged: Path | None
+    weights: Mapping[str, float]
+    verdict: str
+    digests: Mapping[str, str]
+    report: Path
+
+
+def run(recipe: Recipe, *, directory: Path | None = None, reporter: Reporter = SILENT, wait: bool = False) -> RunResult:
+    """Carry out a recipe; finished steps are reused, an unfinished one goes on where it stopped.
+
+    Args:
+        recipe: see :meth:`Recipe.load`.
+        directory: of the run; ``runs/<recipe name>`` under the working directory by default.
+        reporter: progress.
+        wait: wait for another run in the same directory instead of refusing.
+
+    Raises:
+        UserError: something in the recipe, its sources or its data is to be mended.
+        TrainingError: a law did not hold, or training diverged.
+        StorageError: the disk is full or cannot be written.
+    """
+    where = (directory or Path("runs") / recipe.name).resolve()
+    with storage(where), run_lock(where, wait, reporter.say):
+        journal = Journal(reporter, where / "events.jsonl")
+        try:
+            return _Run(recipe, where, journal).go()
+        finally:
+            journal.close()
+
+
+class _Run:
+    """One execution; steps note themselves as they finish."""
+
+    def __init__(self, recipe: Recipe, directory: Path, reporter: Reporter) -> None:
+        self.recipe = recipe
+        self.directory = directory
+        self.reporter = reporter
+        self.cache = StepCache(home() / "steps")
+        self.started = time.time()
+        self.steps: list[dict[str, Any]] = []
+        self._clock = self.started
+
+    def go(self) -> RunResult:
+        """Every step in order."""
+        self.reporter.event("run", recipe=self.recipe.name, version=version("lorchestra"))
+        prepared = prepare(self.recipe, self.reporter)
+        self.prepared = prepared
+        self._note("data", "data", None)
+        for line in prepared.check.warnings:
+            self.reporter.say(f"warning: {line}")
+        trained = self._stages(prepared)
+        adapters = {**prepared.adapters, **{name: found.adapter for name, found in trained.items()}}
+        members = {name: adapters[name] for name in self.recipe.members}
+        if self.recipe.evaluate.mixed_baseline:
+            mixed = mixed_inputs(prepared, trained)
+            adapters["mixed"] = self._train(prepared, mixed).adapter
+        chosen = choose(prepared, members, self.base, self.cache, self.reporter)
+        if chosen.step is not None:
+            self._note("search", "search", chosen.step)
+        for line in chosen.warnings:
+            self.reporter.say(f"warning: {line}")
+        fused, fuse = fuse_step(prepared, members, chosen, self.cache, self.reporter)
+        self._note("fuse", "fuse", fuse)
+        merge = None
+        if self.recipe.deliver.merged:
+            merge = merge_step(prepared, fused, self.base, self.cache, self.reporter)
+            self._note("merge", "merge", merge)
+            self.reporter.say(
+                f"merged in {merge.info['dtype']}: ‖ΔW‖/‖W‖ {merge.info['update_ratio']:.2%}, rounding lost "
+                f"{merge.info['rounding_lost']:.2%} of it; parity {merge.info['parity']:.2%} (5 % allowed)"
+            )
+        model = merge.directory / "model" if merge else None
+        judged = evaluate_step(prepared, adapters, members, chosen, fused, model, self.base, self.cache, self.reporter)
+        if judged is not None:
+            self._note("evaluate", "evaluate", judged.step)
+        final = self.directory / "final"
+        _place(fuse.directory / "adapter", final / "adapter")
+        if model is not None:
+            _place(model, final / "model")
+        else:
+            shutil.rmtree(final / "model", ignore_errors=True)
+        report = self._report(trained, chosen, fuse, merge, judged)
+        sentence = judged.verdict.sentence if judged else ""
+        digests = {**{name: adapter.digest for name, adapter in adapters.items()}, "fused": fused.digest}
+        self.reporter.event("done", seconds=round(time.time() - self.started, 1), digests=digests, verdict=sentence)
+        return RunResult(
+            directory=self.directory,
+            adapter=final / "adapter",
+            merged=final / "model" if model else None,
+            weights=chosen.weights,
+            verdict=sentence,
+            digests=digests,
+            report=report,
+        )
+
+    @cached_property
+    def base(self) -> Base:
+        """The loaded base; nothing loads it when every step is cached but the first use."""
+        return load_base(
+            self.prepared.directory, name=self.prepared.base.name, device=self.recipe.device, dtype=self.recipe.dtype
+        )
+
+    def _stages(self, prepared: Prepared) -> dict[str, Trained]:
+        trained: dict[str, Trained] = {}
+        for stage in self.recipe.stages:
+            adapters = {**prepared.adapters, **{name: found.adapter for name, found in trained.items()}}
+            inputs = stage_inputs(prepared, stage, context_of(self.recipe, stage, adapters))
+            trained[stage.name] = self._train(prepared, inputs)
+        return trained
+
+    def _train(self, prepared: Prepared, inputs: Any) -> Trained:
+        device = choose_device(self.recipe.device)
+        dtype = choose_dtype(device, self.recipe.dtype)
+        digest = stage_digest(prepared, inputs, device.type, str(dtype))
+        cached = self.cache.lookup("stage", digest)
+        if cached is not None:
+            found = load_trained(cached)
+            self.reporter.say(f"{inputs.name}: trained before, reused ({digest[:12]})")
+        else:
+            logs = self.directory / "logs" / inputs.name
+            found = train(prepared, inputs, self.base, self.cache, digest, self.reporter, logs)
+        self._note(inputs.name, "stage", found.step)
+        return found
+
+    def _note(self, name: str, kind: str, step: Step | None) -> None:
+        now = time.time()
+        self.steps.append(
+            {
+                "name": name,
+                "kind": kind,
+                "digest": step.digest if step else "",
+                "cached": step.cached if step else False,
+                "seconds": round(now - self._clock, 2),
+            }
+        )
+        self._clock = now
+        self.reporter.event("step", **self.steps[-1])
+        write_json(self.directory / "plan.json", {"recipe": self.recipe.name, "steps": self.steps})
+
+    def _report(
+        self, trained: Mapping[str, Trained], chosen: Chosen, fuse: Step, merge: Step | None, judged: Judged | None
+    ) -> Path:
+        recipe, prepared = self.recipe, self.prepared
+        told: dict[str, Any] = {"verdict": {"sentence": "", "notes": []}, "evaluation": None}
+        if judged:
+            told = judged.verdict.as_dict()
+            told["evaluation"]["ledger"] = judged.ledger
+        device = choose_device(recipe.device)
+        data = {
+            "title": recipe.name,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "lorchestra": version("lorchestra"),
+            "seconds": round(time.time() - self.started, 1),
+            "recipe_text": recipe.text,
+            "settings": recipe.model_dump(mode="json"),
+            **told,
+            "base": {
+                **asdict(prepared.base),
+                "device": str(device),
+                "dtype": str(choose_dtype(device, recipe.dtype)).removeprefix("torch."),
+            },
+            "steps": self.steps,
+            "stages": [self._stage_report(name, found) for name, found in trained.items()],
+            "search": chosen.search,
+            "fusion": {
+                **fuse.info,
+                "weights": chosen.weights,
+                "warnings": list(chosen.warnings),
+            },
+            "merge": dict(merge.info) if merge else None,
+            "samples": judged.samples if judged else [],
+            "data": prepared.check.as_dict(),
+        }
+        return write_report(data, self.directory)
+
+    def _stage_report(self, name: str, found: Trained) -> dict[str, Any]:
+        training = dict(found.training)
+        stage = self.recipe.stage(name)
+        seconds = max(float(training["seconds"]), 1e-9)
+        return {
+            "name": name,
+            "task": stage.task,
+            "digest": found.adapter.digest,
+            "lora": training["lora"],
+            "train": training["train"],
+            "scale": training["scale"],
+            "trainable": training["trainable"],
+            "examples": {part: len(items) for part, items in self.prepared.data[name].rendered.items()},
+            "context": {key: member.model_dump(mode="json") for key, member in stage.context.items()},
+            "history": training["history"],
+            "validation": training["validation"],
+            "best_step": training["best_step"],
+            "stopped_early": training["stopped"],
+            "seconds": seconds,
+            "tokens": training["tokens"],
+            "tokens_per_second": training["tokens"] / seconds,
+        }
+
+
+def _place(source: Path, target: Path) -> None:
+    """Put a cached directory under the run: hard links where the file system allows, else copies; by rename."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+
+    def link(src: str, dst: str) -> None:
+        try:
+            os.link(src, dst)
+        except OSError:
+            shutil.copyfile(src, dst)
+
+    shutil.copytree(source, partial, copy_function=link)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)

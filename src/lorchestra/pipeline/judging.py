@@ -1,0 +1,220 @@
+"""The verdict of a run: every model scored on the sealed test, once, and entered in the ledger."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lorchestra.adapter.adapter import Adapter
+from lorchestra.base.home import home
+from lorchestra.base.load import Base, load_base
+from lorchestra.data.example import Example
+from lorchestra.evaluate.answer import Sampling, answers
+from lorchestra.evaluate.ledger import Ledger
+from lorchestra.evaluate.score import Domain, Scores, score
+from lorchestra.evaluate.verdict import DELIVERED, Verdict, judge
+from lorchestra.events import Reporter, Task
+from lorchestra.fusion.search import stack_of, weights_key
+from lorchestra.pipeline.cache import Step, StepCache, step_digest, write_json
+from lorchestra.pipeline.choosing import Chosen, betas, domains_of, mounted
+from lorchestra.pipeline.prepare import Prepared
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The verdict, answers before and after, how often each sealed test was read, and the step."""
+
+    verdict: Verdict
+    samples: list[dict[str, str]]
+    ledger: list[dict[str, Any]]
+    step: Step
+
+
+def rivals(
+    prepared: Prepared, trained: Mapping[str, Adapter], members: Mapping[str, Adapter]
+) -> dict[str, dict[str, float]]:
+    """Model → coefficients, for everything that is judged beside the delivered one."""
+    names = [stage.name for stage in prepared.recipe.stages]
+    found: dict[str, dict[str, float]] = {"base": {}}
+    if "mixed" in trained:
+        found["mixed"] = {"mixed": 1.0}
+    for name in dict.fromkeys([*names, *members]):
+        found[name] = {name: 1.0}
+    last = names[-1]
+    stack = {k: w for k, w in stack_of(last, trained[last], list(trained)).items() if w}
+    if len(stack) > 1:
+        found["stack"] = stack
+    if len(members) > 1:
+        found["uniform"] = {name: 1 / len(members) for name in members}
+    return found
+
+
+def evaluate_step(
+    prepared: Prepared,
+    trained: Mapping[str, Adapter],
+    members: Mapping[str, Adapter],
+    chosen: Chosen,
+    fused: Adapter,
+    merged: Path | None,
+    base: Base,
+    cache: StepCache,
+    reporter: Reporter,
+) -> Judged | None:
+    """Score base, mixed, every stage, the stack, uniform and what is delivered; ``None`` without a sealed test.
+
+    Args:
+        prepared: the data.
+        trained: every adapter at hand (stages, brought in, mixed).
+        members: those that take part in the fusion.
+        chosen: the coefficients.
+        fused: the delivered adapter.
+        merged: the delivered model, if one was made; it is what the sealed test scores then.
+        base: the loaded base.
+        cache: of steps.
+        reporter: progress.
+    """
+    recipe = prepared.recipe
+    domains = domains_of(prepared, "test", recipe.evaluate.test_limit, choices=True)
+    if not domains:
+        return None
+    models = rivals(prepared, trained, members)
+    asked = _questions(prepared, recipe.evaluate.samples)
+    digest = step_digest(
+        "evaluate",
+        VERSION,
+        {
+            "models": models,
+            "dtype": str(base.dtype),
+            "samples": recipe.evaluate.samples,
+            "tokens": recipe.evaluate.sample_tokens,
+            "merged": recipe.deliver.dtype if merged else None,
+        },
+        {
+            "base": prepared.base.weights,
+            "adapters": {name: adapter.digest for name, adapter in trained.items()},
+            "delivered": fused.digest,
+            "domains": {name: domain.digest for name, domain in domains.items()},
+        },
+    )
+
+    def make(work: Path) -> dict[str, Any]:
+        for name, domain in domains.items():
+            Ledger(home() / "sealed-tests.jsonl").enter(domain.digest, name, digest)
+        return _evaluate(work, prepared, trained, models, domains, asked, fused, merged, base, reporter)
+
+    step = cache.build("evaluate", digest, make, reporter.say)
+    scores = _read_scores(step.directory / "scores.json")
+    tried = len(chosen.search["candidates"]) if chosen.search else 0
+    verdict = judge(
+        scores,
+        stages=[stage.name for stage in recipe.stages if stage.name in domains],
+        betas={name: beta for name, beta in betas(recipe).items() if name in domains},
+        recipe_of=mixture(chosen.weights),
+        candidates=tried,
+        validation_items=int(chosen.search["validation_items"]) if chosen.search else 0,
+    )
+    ledger = [
+        {"domain": name, "digest": domain.digest, "reads": Ledger(home() / "sealed-tests.jsonl").count(domain.digest)}
+        for name, domain in domains.items()
+    ]
+    samples = json.loads((step.directory / "samples.json").read_text(encoding="utf-8"))
+    return Judged(verdict, samples, ledger, step)
+
+
+def mixture(weights: Mapping[str, float]) -> str:
+    """``0.3·general + 0.7·clinic``."""
+    return " + ".join(f"{weight:.3g}·{name}" for name, weight in weights.items() if weight) or "the base alone"
+
+
+def _evaluate(
+    work: Path,
+    prepared: Prepared,
+    trained: Mapping[str, Adapter],
+    models: Mapping[str, Mapping[str, float]],
+    domains: Mapping[str, Domain],
+    asked: list[tuple[str, Example]],
+    fused: Adapter,
+    merged: Path | None,
+    base: Base,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    kept = work / "scores.json"
+    scores = _read_scores(kept) if kept.exists() else {}
+    items = sum(len(domain.items) for domain in domains.values())
+    by_key: dict[str, dict[str, Scores]] = {}
+    bank = mounted(base, trained)
+    with ExitStack() as stack:
+        stack.callback(bank.unmount)
+        task = stack.enter_context(reporter.task("sealed test", items * (len(models) + 1), "item"))
+        for model, weights in models.items():
+            key = weights_key(weights)
+            if model not in scores:
+                if key in by_key:
+                    scores[model] = by_key[key]
+                    task.advance(items)
+                else:
+                    with bank.using(dict(weights)):
+                        scores[model] = _score_all(base, domains, task)
+                _write_scores(kept, scores)
+            by_key[key] = scores[model]
+        bank.unmount()
+        delivered, using = base, ExitStack()
+        with using:
+            if merged is not None:
+                delivered = load_base(merged, device=str(base.device), dtype=str(base.dtype).removeprefix("torch."))
+            else:
+                bank.load("fused", fused)
+                using.enter_context(bank.using({"fused": 1.0}))
+            scores[DELIVERED] = _score_all(delivered, domains, task)
+            _write_scores(kept, scores)
+            after = _answers(prepared, delivered, asked)
+        before = _answers(prepared, base, asked)
+    samples = [
+        {
+            "domain": domain,
+            "prompt": "\n".join(turn.content for turn in example.prompt if turn.role != "system"),
+            "gold": example.gold,
+            "before": first,
+            "after": second,
+        }
+        for (domain, example), first, second in zip(asked, before, after, strict=True)
+    ]
+    write_json(work / "samples.json", samples)
+    return {"models": list(scores), "items": items}
+
+
+def _score_all(base: Base, domains: Mapping[str, Domain], task: Task) -> dict[str, Scores]:
+    return {name: score(base.model, domain, base.pad_id, task.advance) for name, domain in domains.items()}
+
+
+def _questions(prepared: Prepared, count: int) -> list[tuple[str, Example]]:
+    """The first sealed-test questions of each domain in turn."""
+    found: list[tuple[str, Example]] = []
+    for rank in range(count):
+        for name, data in prepared.data.items():
+            if rank < len(data.splits.test):
+                found.append((name, data.splits.test[rank]))
+    return found[:count]
+
+
+def _answers(prepared: Prepared, base: Base, asked: list[tuple[str, Example]]) -> list[str]:
+    if not asked:
+        return []
+    prompts = [prepared.renderer.prompt(example.prompt)[-prepared.recipe.max_length :] for _, example in asked]
+    sampling = Sampling(max_new_tokens=prepared.recipe.evaluate.sample_tokens, repetition_penalty=1.1)
+    return answers(base.model, prepared.tokenizer, prompts, sampling, stop=prepared.renderer.end_of_turn)
+
+
+def _write_scores(path: Path, scores: Mapping[str, Mapping[str, Scores]]) -> None:
+    write_json(path, {model: {name: asdict(found) for name, found in by.items()} for model, by in scores.items()})
+
+
+def _read_scores(path: Path) -> dict[str, dict[str, Scores]]:
+    value = json.loads(path.read_text(encoding="utf-8"))
+    return {model: {name: Scores.from_dict(found) for name, found in by.items()} for model, by in value.items()}

@@ -1,0 +1,118 @@
+"""What a run stands on: the base on disk, the data loaded, split, rendered and checked, adapters brought in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorchestra.adapter.adapter import Adapter, BaseId
+from lorchestra.adapter.digest import json_digest
+from lorchestra.base.fingerprint import fingerprint
+from lorchestra.base.load import prepare_base
+from lorchestra.base.locate import SourceLock, locate
+from lorchestra.data.check import Check, StageData, check_data
+from lorchestra.data.load import load_examples
+from lorchestra.data.render import Rendered, Renderer
+from lorchestra.data.split import SplitSpec, split
+from lorchestra.errors import AdapterError
+from lorchestra.events import SILENT, Reporter
+from lorchestra.pipeline.recipe import DataEntry, Recipe, expand
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that steps read.
+
+    Args:
+        recipe: as written.
+        directory: the base, a Hugging Face directory.
+        base: its fingerprint.
+        tokenizer: its tokenizer.
+        renderer: with the recipe's ``max_length``.
+        data: stage or extra domain → its data.
+        check: what was found in the data.
+        adapters: brought in from outside, by name.
+    """
+
+    recipe: Recipe
+    directory: Path
+    base: BaseId
+    tokenizer: Any
+    renderer: Renderer
+    data: Mapping[str, StageData]
+    check: Check
+    adapters: Mapping[str, Adapter]
+
+    @property
+    def pad_id(self) -> int:
+        """Token id for padding."""
+        tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return int(next(token for token in tokens if token is not None))
+
+
+def prepare(recipe: Recipe, reporter: Reporter = SILENT) -> Prepared:
+    """Fetch, load, split, render and check; no weights are loaded.
+
+    Raises:
+        SourceError, DataError, AdapterError: what cannot be found, read or used.
+    """
+    from transformers import AutoTokenizer
+
+    where = recipe.directory
+    source = expand(recipe.base)
+    directory = prepare_base(source, relative_to=where, reporter=reporter)
+    name = str(directory) if (where / Path(source).expanduser()).exists() else source
+    base = fingerprint(directory, name)
+    _lock(recipe, recipe.base, base.weights)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    renderer = Renderer(tokenizer, recipe.max_length, recipe.supervise)
+    for note in renderer.notes:
+        reporter.say(f"note: {note}")
+    data = {
+        stage.name: _stage_data(recipe, stage.name, stage.task, stage.data, renderer, reporter)
+        for stage in recipe.stages
+    }
+    spec = _spec(recipe)
+    for extra, entries in recipe.evaluate.domains.items():
+        data[extra] = _stage_data(recipe, extra, "sft", entries, renderer, reporter)
+    check = check_data([data[stage.name] for stage in recipe.stages], renderer, spec)
+    adapters = {}
+    for key, text in recipe.adapters.items():
+        adapter = Adapter.load(locate(expand(text), relative_to=where, reporter=reporter))
+        if adapter.base.weights and adapter.base.weights != base.weights:
+            raise AdapterError(
+                f"adapter {key!r} ({text}) was trained on {adapter.base.name or 'another base'}, whose weights are not "
+                f"those of {recipe.base}; use its own base, or another adapter"
+            )
+        adapters[key] = adapter
+    return Prepared(recipe, directory, base, tokenizer, renderer, data, check, adapters)
+
+
+def rendered_digest(items: Sequence[Rendered]) -> str:
+    """SHA-256 of token ids and supervision: what training sees, whatever file it came from."""
+    return json_digest([[item.prompt, [[b.ids, b.supervised] for b in item.branches]] for item in items])
+
+
+def _spec(recipe: Recipe) -> SplitSpec:
+    return SplitSpec(recipe.split.train, recipe.split.validation, recipe.split.test, recipe.seeds.data)
+
+
+def _stage_data(
+    recipe: Recipe, name: str, task: Any, entries: Sequence[DataEntry], renderer: Renderer, reporter: Reporter
+) -> StageData:
+    loaded = []
+    for entry in entries:
+        found = load_examples(entry.spec(), task, relative_to=recipe.directory, reporter=reporter)
+        _lock(recipe, f"{name}: {entry.source}", found.digest)
+        loaded.append(found)
+    splits = split([example for found in loaded for example in found.examples], _spec(recipe))
+    return StageData.render(name, task, loaded, splits, renderer)
+
+
+def _lock(recipe: Recipe, text: str, digest: str) -> None:
+    """Sources of a recipe that lies in a file are pinned beside it; data by a local path may change freely."""
+    remote = text.split(": ")[-1].startswith(("hf:", "pip:"))
+    if recipe.path is not None and remote:
+        SourceLock(recipe.path.with_suffix(".lock.json")).check(text, digest)

@@ -1,0 +1,147 @@
+"""Training steps of a run: stages, and the baseline that is trained on everything mixed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lorchestra.adapter.adapter import Adapter
+from lorchestra.base.load import Base
+from lorchestra.data.render import Rendered
+from lorchestra.events import Reporter
+from lorchestra.pipeline.cache import SCRATCH, Step, StepCache, step_digest, write_json
+from lorchestra.pipeline.prepare import Prepared, rendered_digest
+from lorchestra.pipeline.recipe import Recipe, Stage
+from lorchestra.train.settings import ContextMember, Objective
+from lorchestra.train.stage import StageInputs, train_stage
+
+VERSION = 1  # raise it when the same settings would train another adapter
+UNIMPORTANT = {"report_to", "checkpoint_every"}  # they do not change the adapter
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished stage: its adapter, how training went (``training.json``), and its step."""
+
+    adapter: Adapter
+    training: Mapping[str, Any]
+    step: Step
+
+
+def stage_inputs(prepared: Prepared, stage: Stage, context: Mapping[str, tuple[Adapter, ContextMember]]) -> StageInputs:
+    """What a stage of the recipe depends on."""
+    recipe, data = prepared.recipe, prepared.data[stage.name]
+    return StageInputs(
+        name=stage.name,
+        objective=stage.objective,
+        lora=recipe.lora_of(stage),
+        train=recipe.train_of(stage),
+        items=data.rendered["train"],
+        validation=data.rendered["validation"],
+        context=context,
+        init_seed=recipe.seeds.init,
+        data_seed=recipe.seeds.data,
+        data={found.source: found.digest for found in data.loaded},
+    )
+
+
+def mixed_inputs(prepared: Prepared, trained: Mapping[str, Trained]) -> StageInputs:
+    """One adapter on all stages' data mixed, with the stages' parameters and tokens.
+
+    Its rank is the sum of the stages' ranks at the first stage's scale; it sees every stage's training examples (of
+    a preference pair the chosen answer), for as many tokens as the stages processed together.
+    """
+    recipe = prepared.recipe
+    first = recipe.stages[0]
+    lora = recipe.lora_of(first)
+    rank = sum(recipe.lora_of(stage).rank for stage in recipe.stages)
+    alpha = {"lora": lora.scale * rank, "rslora": lora.scale * math.sqrt(rank), "constant": lora.scale}[lora.scaling]
+    items: dict[str, list[Rendered]] = {"train": [], "validation": []}
+    for stage in recipe.stages:
+        for part, kept in items.items():
+            kept += [Rendered(r.prompt, r.branches[:1], r.truncated) for r in prepared.data[stage.name].rendered[part]]
+    train = recipe.train_of(first)
+    tokens = sum(int(found.training["tokens"]) for found in trained.values())
+    a_step = (
+        sum(item.length for item in items["train"])
+        / len(items["train"])
+        * train.batch_size
+        * train.gradient_accumulation
+    )
+    return StageInputs(
+        name="mixed",
+        objective=Objective(),
+        lora=lora.model_copy(update={"rank": rank, "alpha": alpha}),
+        train=train.model_copy(update={"max_steps": max(1, round(tokens / a_step)), "eval_every": None}),
+        items=items["train"],
+        validation=items["validation"],
+        context={},
+        init_seed=recipe.seeds.init,
+        data_seed=recipe.seeds.data,
+    )
+
+
+def stage_digest(prepared: Prepared, inputs: StageInputs, device: str, dtype: str) -> str:
+    """Digest of a training step: settings that matter, rendered data, base, context."""
+    settings = {
+        "name": inputs.name,
+        "objective": inputs.objective.model_dump(mode="json"),
+        "lora": inputs.lora.model_dump(mode="json"),
+        "train": inputs.train.model_dump(mode="json", exclude=UNIMPORTANT),
+        "context": {name: member.model_dump(mode="json") for name, (_, member) in inputs.context.items()},
+        "seeds": [inputs.init_seed, inputs.data_seed],
+        "device": device,
+        "dtype": dtype,
+    }
+    needs = {
+        "base": prepared.base.weights,
+        "train": rendered_digest(inputs.items),
+        "validation": rendered_digest(inputs.validation),
+        "context": {name: adapter.digest for name, (adapter, _) in inputs.context.items()},
+    }
+    return step_digest("stage", VERSION, settings, needs)
+
+
+def load_trained(step: Step) -> Trained:
+    """Read a finished training step."""
+    training = json.loads((step.directory / "training.json").read_text(encoding="utf-8"))
+    return Trained(Adapter.load(step.directory / "adapter"), training, step)
+
+
+def train(
+    prepared: Prepared, inputs: StageInputs, base: Base, cache: StepCache, digest: str, reporter: Reporter, logs: Path
+) -> Trained:
+    """Train, or go on, or find it done."""
+
+    def make(work: Path) -> dict[str, Any]:
+        result = train_stage(
+            base.model, prepared.base, base.pad_id, inputs, work / SCRATCH, reporter=reporter, log_directory=logs
+        )
+        result.adapter.save(work / "adapter")
+        training = {
+            **asdict(result.progress),
+            "steps": result.steps,
+            "steps_per_epoch": result.steps_per_epoch,
+            "trainable": result.trainable,
+            "first_preference_loss": result.first_preference_loss,
+            "scale": inputs.lora.scale,
+            "lora": inputs.lora.model_dump(mode="json"),
+            "train": inputs.train.model_dump(mode="json"),
+            "objective": inputs.objective.model_dump(mode="json"),
+        }
+        write_json(work / "training.json", training)
+        return {"adapter": result.adapter.digest, "seconds": result.progress.seconds}
+
+    return load_trained(cache.build("stage", digest, make, reporter.say))
+
+
+def context_of(
+    recipe: Recipe, stage: Stage, adapters: Mapping[str, Adapter]
+) -> dict[str, tuple[Adapter, ContextMember]]:
+    """The context of ``stage``, in the recipe's order of adapters and stages."""
+    order = [*recipe.adapters, *(s.name for s in recipe.stages)]
+    return {name: (adapters[name], stage.context[name]) for name in sorted(stage.context, key=order.index)}
