@@ -7,8 +7,8 @@ applies exactly the ΔW that was trained. Anybody's directory is read; what cann
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,15 +17,15 @@ from typing import Any
 import torch
 
 from lorchestra.adapter.adapter import Adapter, BaseId, Lineage, Parent
+from lorchestra.adapter.directory import whole_directory
 from lorchestra.adapter.lowrank import LowRank
-from lorchestra.adapter.refusals import refuse
-from lorchestra.errors import AdapterError, StorageError
+from lorchestra.adapter.refusals import MERGE_FIRST, refuse
+from lorchestra.adapter.scales import module_scales
+from lorchestra.errors import AdapterError
 
 CONFIG, WEIGHTS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "lorchestra.json"
 SCHEMA = 1
 _PREFIX = "base_model.model."
-# A pattern of a foreign file is an untrusted regular expression: it gets this long, in seconds.
-PATTERN_SECONDS = 0.2
 
 
 def read_peft(directory: Path) -> Adapter:
@@ -39,21 +39,20 @@ def read_peft(directory: Path) -> Adapter:
             message names it and the way out.
     """
     config = _config(directory)
-    factors = _factors(directory, config)
-    modules = {}
-    transposed = set()
-    for path, (B, A) in factors.items():
-        scale = _scale(config, path, A.shape[0])
-        modules[path] = LowRank(B * scale, A)
-        if config.get("fan_in_fan_out"):
-            transposed.add(path)
-    base, lineage, digest = _sidecar(directory, config)
-    adapter = Adapter(modules, base, lineage, frozenset(transposed))
+    factors = _factors(directory)
+    scales = module_scales(config, _ranks(factors))
+    base, lineage, transposed, digest = _sidecar(directory, config, factors)
+    try:
+        adapter = Adapter(
+            {path: LowRank(f.B * scales[path], f.A) for path, f in factors.items()}, base, lineage, transposed
+        )
+    except AdapterError as error:
+        raise AdapterError(f"{directory}: {error}") from error
     if digest and digest != adapter.digest:
         raise AdapterError(
-            f"{directory}: the weights are not those that {SIDECAR} was written for (digest {adapter.digest[:23]}…, "
-            f"expected {digest[:23]}…). The adapter was changed or damaged; fetch it again, or delete {SIDECAR} to use "
-            "it as an unverified one"
+            f"{directory}: {WEIGHTS} and {CONFIG} are not those that {SIDECAR} was written for (digest "
+            f"{adapter.digest[:23]}…, expected {digest[:23]}…). The adapter was changed or damaged; fetch it again, or "
+            f"delete {SIDECAR} to use it as an unverified one"
         )
     return adapter
 
@@ -64,8 +63,7 @@ def effective_scales(directory: Path) -> dict[str, float]:
     Raises:
         AdapterError: as :func:`read_peft`.
     """
-    config = _config(directory)
-    return {path: _scale(config, path, A.shape[0]) for path, (_, A) in _factors(directory, config).items()}
+    return module_scales(_config(directory), _ranks(_factors(directory)))
 
 
 def write_peft(adapter: Adapter, directory: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -79,40 +77,34 @@ def write_peft(adapter: Adapter, directory: Path, dtype: torch.dtype = torch.flo
     Raises:
         StorageError: the place is taken by something that is no adapter, or cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    if directory.exists() and any(directory.iterdir()) and not (directory / CONFIG).exists():
-        raise StorageError(f"{directory} is not empty and holds no adapter; choose another directory")
     tensors, stored = {}, {}
     for path, update in adapter.modules.items():
         B, A = update.B.detach().cpu().to(dtype).contiguous(), update.A.detach().cpu().to(dtype).contiguous()
         tensors[f"{_PREFIX}{path}.lora_B.weight"], tensors[f"{_PREFIX}{path}.lora_A.weight"] = B, A
         stored[path] = LowRank(B.float(), A.float())
-    kept = Adapter(stored, adapter.base, adapter.lineage, adapter.transposed)
-    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+    sidecar = {
+        "schema": SCHEMA,
+        "digest": Adapter(stored).digest,
+        "base": asdict(adapter.base),
+        "lineage": asdict(adapter.lineage),
+        "transposed": sorted(adapter.transposed),
+    }
+    with whole_directory(directory, "the adapter", replaces=CONFIG) as partial:
+        (partial / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
         _write_json(partial / CONFIG, _peft_config(adapter))
-        _write_json(
-            partial / SIDECAR,
-            {"schema": SCHEMA, "digest": kept.digest, "base": asdict(kept.base), "lineage": asdict(kept.lineage)},
-        )
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
-    except OSError as error:
-        raise StorageError(f"cannot write the adapter to {directory}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _write_json(partial / SIDECAR, sidecar)
     return directory
 
 
 def _peft_config(adapter: Adapter) -> dict[str, Any]:
     ranks = {path: update.rank for path, update in adapter.modules.items()}
-    common = max(ranks.values(), key=list(ranks.values()).count)
-    # PEFT matches patterns as regular expressions against the end of a path: an escaped full path is that path alone.
-    pattern = {_escaped(path): rank for path, rank in ranks.items() if rank != common}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    uncommon = [path for path, rank in ranks.items() if rank != common]
+    # PEFT takes the first pattern that matches the end of a path: a path that ends in another's is named before it.
+    named = [p for p in ranks if ranks[p] != common or any(p.endswith(f".{other}") for other in uncommon)]
+    pattern = {re.escape(path): ranks[path] for path in sorted(named, key=lambda p: (-len(p), p))}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -133,19 +125,13 @@ def _peft_config(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _escaped(path: str) -> str:
-    return path.replace(".", r"\.")
-
-
 def _write_json(path: Path, value: Any) -> None:
-    with path.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, ensure_ascii=False, sort_keys=True)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _config(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise AdapterError(f"{directory} is no directory; an adapter is a directory with {CONFIG} and {WEIGHTS}")
     config = _json(directory, CONFIG)
     if config is None:
         hint = "; this is a whole model, not an adapter" if (directory / "config.json").exists() else ""
@@ -160,15 +146,15 @@ def _json(directory: Path, name: str) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise AdapterError(f"{path} should hold a JSON object; it holds {type(value).__name__}")
     return value
 
 
-def _factors(directory: Path, config: Mapping[str, Any]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Module path → (B, A), float32, without scale."""
+def _factors(directory: Path) -> dict[str, LowRank]:
+    """Module path → factors in float32, without scale."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -187,11 +173,14 @@ def _factors(directory: Path, config: Mapping[str, Any]) -> dict[str, tuple[torc
         if factor in halves.setdefault(module, {}):
             raise AdapterError(f"{path} holds lora_{factor} of {module!r} twice, under two adapter names")
         halves[module][factor] = tensor.float()
-    out = {}
+    out: dict[str, LowRank] = {}
     for module, pair in halves.items():
         if set(pair) != {"A", "B"}:
             raise AdapterError(f"{path} holds only lora_{next(iter(pair))} of {module!r}; the file is incomplete")
-        out[module] = (pair["B"], pair["A"])
+        try:
+            out[module] = LowRank(pair["B"], pair["A"])
+        except AdapterError as error:
+            raise AdapterError(f"{path}, module {module!r}: {error}") from error
     if not out:
         raise AdapterError(f"{path} holds no lora_A and lora_B")
     return out
@@ -209,41 +198,21 @@ def _parse_key(key: str, path: Path) -> tuple[str, str]:
             f"{path} adapts an embedding ({key!r}), which is not handled yet; merge that part into the base with PEFT, "
             "or train without embeddings"
         )
-    raise AdapterError(f"{path} holds {key!r}, which is no LoRA factor; it cannot be used exactly")
+    raise AdapterError(f"{path} holds {key!r}, which is no LoRA factor and would be lost: {MERGE_FIRST}")
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    alpha = _pattern(config.get("alpha_pattern") or {}, module)
-    alpha = float(config.get("lora_alpha", rank) if alpha is None else alpha)
-    r = _pattern(config.get("rank_pattern") or {}, module)
-    r = int(config.get("r", rank) if r is None else r)
-    if r != rank:
-        raise AdapterError(f"module {module!r}: the configuration says rank {r}, the weights have rank {rank}")
-    return alpha / r**0.5 if config.get("use_rslora") else alpha / r
+def _ranks(factors: Mapping[str, LowRank]) -> dict[str, int]:
+    return {path: update.rank for path, update in factors.items()}
 
 
-def _pattern(patterns: Mapping[str, Any], module: str) -> Any:
-    """The value for ``module``: its own path literally, else as PEFT matches (``(.*\\.)?(pattern)$``), time-bound."""
-    import regex
-
-    for pattern, value in patterns.items():
-        if pattern == module or module.endswith("." + pattern):
-            return value
-    for pattern, value in patterns.items():
-        try:
-            if regex.fullmatch(rf"(.*\.)?({pattern})", module, timeout=PATTERN_SECONDS):
-                return value
-        except TimeoutError:
-            raise AdapterError(f"the pattern {pattern!r} takes too long on {module!r}; refused") from None
-        except regex.error as error:
-            raise AdapterError(f"the pattern {pattern!r} is no regular expression: {error}") from None
-    return None
-
-
-def _sidecar(directory: Path, config: Mapping[str, Any]) -> tuple[BaseId, Lineage, str]:
+def _sidecar(
+    directory: Path, config: Mapping[str, Any], factors: Mapping[str, LowRank]
+) -> tuple[BaseId, Lineage, frozenset[str], str]:
+    """Base, lineage, transposed modules and digest; what the configuration alone says without a sidecar."""
     value = _json(directory, SIDECAR)
+    flagged = frozenset(factors if config.get("fan_in_fan_out") else ())
     if value is None:
-        return BaseId(name=str(config.get("base_model_name_or_path") or "")), Lineage(), ""
+        return BaseId(name=str(config.get("base_model_name_or_path") or "")), Lineage(), flagged, ""
     if value.get("schema") != SCHEMA:
         raise AdapterError(
             f"{directory / SIDECAR} has schema {value.get('schema')}; this version reads {SCHEMA}. Update lorchestra"
@@ -252,6 +221,7 @@ def _sidecar(directory: Path, config: Mapping[str, Any]) -> tuple[BaseId, Lineag
         lineage = dict(value["lineage"])
         for key in ("parents", "context"):
             lineage[key] = tuple(Parent(**parent) for parent in lineage[key])
-        return BaseId(**value["base"]), Lineage(**lineage), str(value["digest"])
-    except (KeyError, TypeError) as error:
+        transposed = frozenset(value.get("transposed", flagged))
+        return BaseId(**value["base"]), Lineage(**lineage), transposed, str(value["digest"])
+    except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{directory / SIDECAR} is damaged: {error}") from error

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.digest import tensor_bytes
-from lorchestra.errors import AdapterError, SourceError, StorageError
+from lorchestra.adapter.directory import whole_directory
+from lorchestra.errors import AdapterError, SourceError
 from lorchestra.events import SILENT, Reporter, Task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,8 +31,13 @@ _CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+_INDEX = "model.safetensors.index.json"
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _NOT_COPIED = ("lorchestra.json", "adapter_config.json", "config.json")
+_TOKENIZER = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model",
+    "*.tiktoken",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,19 +98,14 @@ def merge(
     started = time.perf_counter()
     if dtype != "auto" and dtype not in DTYPES:
         raise SourceError(f"dtype {dtype!r} is unknown; there are auto, {', '.join(DTYPES)}")
-    if out.exists() and any(out.iterdir()):
-        raise StorageError(f"{out} is not empty; choose another directory")
     config = _config(base)
-    shards = sorted(base.glob("*.safetensors"))
-    if not shards:
-        raise SourceError(f"{base} holds no *.safetensors to merge into")
-    updates = _assign(adapter, _shapes(shards))
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    shards = _shards(base)
+    updates = _assign(adapter, _shapes(shards), bool(config.get("tie_word_embeddings")))
+    companions = _companions(base, tokenizer_from)
     sums = _Sums()
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _copy_companions(base, tokenizer_from or base, partial)
+    with whole_directory(out, "the merged model") as partial:
+        for path in companions:
+            shutil.copyfile(path, partial / path.name)
         with reporter.task("merge", sum(p.stat().st_size for p in shards), "B") as task:
             for shard in shards:
                 _merge_shard(shard, partial / shard.name, adapter, updates, dtype, sums, task)
@@ -121,13 +122,6 @@ def merge(
             "lineage": asdict(adapter.lineage),
         }
         _write(partial / "lorchestra.json", note)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except OSError as error:
-        raise StorageError(f"cannot write the merged model to {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return MergeReport(
         dtype=sums.dtype,
         modules=len(updates),
@@ -141,13 +135,28 @@ def _config(base: Path) -> dict[str, Any]:
     path = base / "config.json"
     if not path.exists():
         raise SourceError(f"{base} has no config.json, so it is not a model directory")
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config = _read(path)
     if config.get("quantization_config"):
         raise SourceError(
             f"{base} is quantised; merging would have to round twice. Merge into the unquantised model and quantise "
             "the result, or serve the adapter beside the quantised base"
         )
     return config
+
+
+def _shards(base: Path) -> list[Path]:
+    """The files that transformers would read: those of the index, else the one file, else all there are."""
+    index, single = base / _INDEX, base / "model.safetensors"
+    if index.exists():
+        shards = [base / name for name in sorted(set(_read(index).get("weight_map", {}).values()))]
+    else:
+        shards = [single] if single.exists() else sorted(base.glob("*.safetensors"))
+    missing = [path.name for path in shards if not path.is_file()]
+    if missing:
+        raise SourceError(f"{base} is incomplete: {_INDEX} names {', '.join(missing)}; fetch the model again")
+    if not shards:
+        raise SourceError(f"{base} holds no *.safetensors to merge into")
+    return shards
 
 
 def _shapes(shards: Iterable[Path]) -> dict[str, tuple[int, ...]]:
@@ -158,24 +167,31 @@ def _shapes(shards: Iterable[Path]) -> dict[str, tuple[int, ...]]:
         try:
             with safe_open(shard, "pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
+                    part = tensors.get_slice(name)
+                    _output_dtype(part.get_dtype(), "auto")
+                    shapes[name] = tuple(part.get_shape())
         except SafetensorError as error:
             raise SourceError(f"{shard} is damaged or not a safetensors file: {error}") from error
     return shapes
 
 
-def _assign(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def _assign(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], tied: bool) -> dict[str, str]:
     """Tensor name in the files → module path in the adapter, every module found and of the right shape."""
-    found = {}
+    found: dict[str, str] = {}
     for path, update in adapter.modules.items():
         name = _tensor_name(path, shapes)
+        head = path.rsplit(".", 1)[-1] == "lm_head"
+        if head and (tied or name is None):
+            raise AdapterError(
+                f"the adapter changes {path!r}, whose weight is the input embedding's too in this base: untie them "
+                "first (set tie_word_embeddings to false in transformers and save the model), or leave it out"
+            )
         if name is None:
             near = [n for n in shapes if n.endswith("." + path.rsplit(".", 1)[-1] + ".weight")][:1]
-            tied = "; its weight is tied to the input embedding: untie it first" if path.endswith("lm_head") else ""
             hint = f" (a similar one is {near[0]!r})" if near else ""
-            raise AdapterError(
-                f"the base has no weight for module {path!r}{hint}{tied}; the adapter is of another base"
-            )
+            raise AdapterError(f"the base has no weight for module {path!r}{hint}; the adapter is of another base")
+        if name in found:
+            raise AdapterError(f"modules {found[name]!r} and {path!r} would both change {name!r} of the base")
         m, n = update.shape
         expected = (n, m) if path in adapter.transposed else (m, n)
         if shapes[name] != expected:
@@ -185,8 +201,9 @@ def _assign(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
 
 
 def _tensor_name(path: str, shapes: Mapping[str, Any]) -> str | None:
-    """Module path → tensor name; files and modules may differ by a leading ``model.`` or a wrapper's prefix."""
-    for name in (f"{path}.weight", f"model.{path}.weight", f"{path.removeprefix('model.')}.weight"):
+    """Module path → tensor name; files and modules may differ by the model's own prefix (``model.``) or a wrapper's."""
+    inner = path.partition(".")[2] or path
+    for name in (f"{path}.weight", f"model.{path}.weight", f"{inner}.weight"):
         if name in shapes:
             return name
     ends = [name for name in shapes if name.endswith(f".{path.removeprefix('model.')}.weight")]
@@ -221,8 +238,6 @@ def _merge_shard(
                 weight = _added(weight, adapter, path, kinds[name], sums)
             stream.write(tensor_bytes(weight.to(kinds[name])))
             task.advance(size)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _output_dtype(code: str, wanted: str) -> torch.dtype:
@@ -246,20 +261,28 @@ def _added(weight: Tensor, adapter: Adapter, path: str, kind: torch.dtype, sums:
     return after
 
 
-def _copy_companions(base: Path, tokenizer: Path, out: Path) -> None:
-    for source in (base, tokenizer):
-        for pattern in _COPIED:
-            for path in source.glob(pattern):
-                if path.name not in _NOT_COPIED:
-                    shutil.copyfile(path, out / path.name)
+def _companions(base: Path, tokenizer: Path | None) -> list[Path]:
+    """Files to copy: the base's, with its tokenizer's replaced by those of ``tokenizer``."""
+
+    def found(directory: Path, patterns: Iterable[str]) -> list[Path]:
+        names = (p for p in sorted(directory.iterdir()) if p.is_file() and p.name not in _NOT_COPIED)
+        return [path for path in names if any(fnmatch(path.name, pattern) for pattern in patterns)]
+
+    copied = found(base, _COPIED)
+    if tokenizer is None:
+        return copied
+    own = found(tokenizer, _TOKENIZER)
+    if not own:
+        raise SourceError(f"{tokenizer} holds no tokenizer (tokenizer.json, …)")
+    return [path for path in copied if not any(fnmatch(path.name, pattern) for pattern in _TOKENIZER)] + own
 
 
 def _rewrite_index(out: Path) -> None:
     """The index of a sharded model counts bytes; they change with the dtype."""
-    index = out / "model.safetensors.index.json"
+    index = out / _INDEX
     if not index.exists():
         return
-    value = json.loads(index.read_text(encoding="utf-8"))
+    value = _read(index)
     from safetensors import safe_open
 
     total = 0
@@ -272,9 +295,15 @@ def _rewrite_index(out: Path) -> None:
     _write(index, value)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SourceError(f"{path} is damaged: {error}; fetch the model again") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{path} should hold a JSON object; it holds {type(value).__name__}")
+    return value
+
+
 def _write(path: Path, value: Any) -> None:
-    with path.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
