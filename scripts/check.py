@@ -1,0 +1,43 @@
+"""Check everything: style, types, import directions, tests. ``python scripts/check.py [quick]``.
+
+``quick`` leaves out the tests marked ``slow`` and ``real``. Stops at the first check that fails.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+def main() -> int:
+    quick = sys.argv[1:] == ["quick"]
+    if sys.argv[1:] and not quick:
+        print(__doc__)
+        return 2
+    tests = [sys.executable, "-m", "pytest", "-m", "not slow and not real" if quick else ""]
+    checks = {
+        "ruff": [str(BIN / "ruff"), "check", "."],
+        "format": [str(BIN / "ruff"), "format", "--check", "."],
+        "mypy": [str(BIN / "mypy")],
+        "imports": [str(BIN / "lint-imports"), "--no-cache"],
+        "tests": [*tests, "--durations=15"],
+    }
+    for name, command in checks.items():
+        print(f"== {name}", flush=True)
+        started = time.monotonic()
+        # Tokenisers forked from a process that used threads would warn; the tests need no threads of theirs.
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}, check=False)
+        print(f"== {name}: {'passed' if not done.returncode else 'FAILED'}, {time.monotonic() - started:.0f} s")
+        if done.returncode:
+            return done.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
