@@ -63,6 +63,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def content_sha256(path: Path) -> str:
+    """SHA-256 of a file, or of a directory's files with their names, lower-case hex; whatever is read from it."""
+    if path.is_file():
+        return file_sha256(path)
+    total = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        total.update(f"{file.relative_to(path).as_posix()}\0{file_sha256(file)}\n".encode())
+    return total.hexdigest()
+
+
 def check_pin(path: Path, source: Source) -> None:
     """Compare a fetched file with the source's pin, if it has one.
 

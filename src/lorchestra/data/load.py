@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -61,6 +61,7 @@ class Loaded:
         how: ``detected``, ``named in the recipe`` or ``field mapping``.
         columns: part → the column or template it was read from.
         unread: columns that nothing was read from.
+        content: SHA-256 of the file or directory itself, however it was read, hex.
     """
 
     examples: tuple[Example, ...]
@@ -72,6 +73,7 @@ class Loaded:
     how: str = "detected"
     columns: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
+    content: str = ""
 
     def describe(self) -> str:
         """The account in one or two lines, for people."""
@@ -96,13 +98,13 @@ def load_examples(
         DataError: names file and row, what was got, what was expected.
         SourceError: the source cannot be found or fetched.
     """
-    from lorchestra.base.locate import locate
+    from lorchestra.base.locate import content_sha256, locate
 
     # Before anything is fetched: what is wrong with the recipe itself.
     reader = _Reader(spec, task)
     path = locate(spec.source, relative_to=relative_to, reporter=reporter, repo_type="dataset")
     name = spec.source if path.is_dir() else path.name
-    loaded = reader.read(read_records(path, name), name)
+    loaded = replace(reader.read(read_records(path, name), name), content=content_sha256(path))
     reporter.say(loaded.describe())
     reporter.event("data", source=spec.source, format=loaded.format, rows=loaded.rows, dropped=dict(loaded.dropped),
                    examples=len(loaded.examples), digest=loaded.digest)  # fmt: skip

@@ -63,7 +63,8 @@ def prepare(recipe: Recipe, reporter: Reporter = SILENT) -> Prepared:
     where = recipe.directory
     source = expand(recipe.base)
     directory = prepare_base(source, relative_to=where, reporter=reporter)
-    name = str(directory) if (where / Path(source).expanduser()).exists() else source
+    path = where / Path(source).expanduser()
+    name = str(path.resolve()) if path.exists() else source  # adapters record it, to find their base again
     base = fingerprint(directory, name)
     _lock(recipe, recipe.base, base.weights)
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -105,7 +106,7 @@ def _stage_data(
     loaded = []
     for entry in entries:
         found = load_examples(entry.spec(), task, relative_to=recipe.directory, reporter=reporter)
-        _lock(recipe, f"{name}: {entry.source}", found.digest)
+        _lock(recipe, entry.source, found.content)
         loaded.append(found)
     splits = split([example for found in loaded for example in found.examples], _spec(recipe))
     return StageData.render(name, task, loaded, splits, renderer)
@@ -113,6 +114,6 @@ def _stage_data(
 
 def _lock(recipe: Recipe, text: str, digest: str) -> None:
     """Sources of a recipe that lies in a file are pinned beside it; data by a local path may change freely."""
-    remote = text.split(": ")[-1].startswith(("hf:", "pip:"))
+    remote = text.startswith(("hf:", "pip:"))
     if recipe.path is not None and remote:
         SourceLock(recipe.path.with_suffix(".lock.json")).check(text, digest)
