@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorchestra.adapter.adapter import Adapter
-from lorchestra.adapter.lowrank import LowRank
+from lorchestra.adapter.lowrank import LowRank, concat
 from lorchestra.errors import UserError
 
 
@@ -44,15 +44,22 @@ class CoreSpace:
     Args:
         adapters: at least one; modules may differ.
         dtype: of the arithmetic.
+
+    Raises:
+        AdapterError: members whose shapes differ.
+        UserError: no adapters.
     """
 
     def __init__(self, adapters: Sequence[Adapter], dtype: torch.dtype = torch.float32) -> None:
+        if not adapters:
+            raise UserError("a core space needs at least one adapter")
         self.members = len(adapters)
         self._cores: dict[str, _Core] = {}
         for path in sorted({path for adapter in adapters for path in adapter.modules}):
             parts = [(i, adapter.modules[path]) for i, adapter in enumerate(adapters) if path in adapter.modules]
-            Q_B, R_B = torch.linalg.qr(torch.cat([part.B for _, part in parts], dim=1).to(dtype))
-            Q_A, R_A = torch.linalg.qr(torch.cat([part.A for _, part in parts]).to(dtype).T)
+            stacked = concat([part for _, part in parts], [1.0] * len(parts))
+            Q_B, R_B = torch.linalg.qr(stacked.B.to(dtype))
+            Q_A, R_A = torch.linalg.qr(stacked.A.to(dtype).T)
             owner = torch.cat([torch.full((part.rank,), i) for i, part in parts])
             self._cores[path] = _Core(Q_B, Q_A, R_B, R_A, owner)
 

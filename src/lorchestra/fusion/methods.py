@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from lorchestra.adapter.adapter import Adapter, BaseId, Lineage, Parent
 from lorchestra.adapter.lowrank import concat
@@ -37,7 +38,10 @@ def linear(members: Mapping[str, Adapter], weights: Mapping[str, float], name: s
     modules = {}
     for path in sorted({path for _, adapter, _ in acting for path in adapter.modules}):
         parts = [(adapter.modules[path], weight) for _, adapter, weight in acting if path in adapter.modules]
-        modules[path] = concat([part for part, _ in parts], [weight for _, weight in parts])
+        try:
+            modules[path] = concat([part for part, _ in parts], [weight for _, weight in parts])
+        except AdapterError as error:
+            raise AdapterError(f"module {path!r}: {error}; the members belong to different bases") from error
     parents = tuple(Parent(key, adapter.digest, weight) for key, adapter, weight in acting)
     transposed = frozenset().union(*(adapter.transposed for _, adapter, _ in acting))
     return Adapter(modules, base, Lineage(made_by="fusion", name=name, task="linear", parents=parents), transposed)
@@ -69,12 +73,8 @@ def compress(adapter: Adapter, rank: int | None = None, energy: float | None = N
         UserError: neither bound, or a senseless one.
     """
     done = CoreSpace([adapter]).compress([1.0], rank, energy)
-    lineage = adapter.lineage
-    settings = {**lineage.settings, "rank": rank, "energy": energy, "retained": done.retained}
-    made = Lineage(
-        lineage.made_by, lineage.name, lineage.task, lineage.parents, lineage.context, lineage.data, settings,
-        lineage.metrics, lineage.tools,
-    )  # fmt: skip
+    settings = {**adapter.lineage.settings, "rank": rank, "energy": energy, "retained": done.retained}
+    made = replace(adapter.lineage, settings=settings)
     return Adapter(done.modules, adapter.base, made, adapter.transposed), done.retained
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from lorchestra.events import SILENT, Reporter
 Origin = Literal["stack", "single", "uniform", "base", "simplex"]
 Weights = Mapping[str, float]
 HEURISTICS = ("equal", "later", "specialised", "last")
-# Total scales of the drawn points: stages trained on an active context sit near Σλ = K, averages at 1.
+# Total scales of the drawn points: from half an average (Σλ = 1) to 1.25 times the largest stack (near Σλ = K).
 LEAST, MOST = 0.5, 1.25
 
 
@@ -45,12 +46,17 @@ def weights_key(weights: Weights) -> str:
     return ",".join(f"{name}={weight:.6g}" for name, weight in sorted(weights.items()) if abs(weight) > 5e-7)
 
 
-def stack_of(name: str, member: Adapter, names: Sequence[str]) -> dict[str, float]:
-    """The sum that ``member`` was trained in: itself at 1, its context at the final weights."""
-    point = dict.fromkeys(names, 0.0)
-    for parent in member.lineage.context:
-        if parent.name in point:
-            point[parent.name] = parent.coefficient
+def stack_of(name: str, members: Mapping[str, Adapter]) -> dict[str, float] | None:
+    """The sum that member ``name`` was trained in: itself at 1, its context at the final weights, the others at 0.
+
+    ``None`` if an adapter of its context is not among the members (by digest): they cannot make up its stack.
+    """
+    digests = {adapter.digest: other for other, adapter in members.items()}
+    point = dict.fromkeys(members, 0.0)
+    for parent in members[name].lineage.context:
+        if parent.digest not in digests:
+            return None
+        point[digests[parent.digest]] = parent.coefficient
     return {**point, name: 1.0}
 
 
@@ -59,7 +65,7 @@ def candidates(members: Mapping[str, Adapter], budget: int, seed: int = 0) -> li
 
     Always: every trained stack point (stages trained on an active context sit outside Σλ = 1), each single
     adapter, uniform 1/K and the base. Then, up to ``budget``, total scale × simplex: directions from a scrambled
-    Sobol sequence mapped to the simplex, with totals between half and 1.25 times the largest stack's.
+    Sobol sequence mapped to the simplex, with totals from 0.5 to 1.25 times the largest stack's.
 
     Args:
         members: name → adapter, in training order.
@@ -72,7 +78,7 @@ def candidates(members: Mapping[str, Adapter], budget: int, seed: int = 0) -> li
     def add(weights: Weights, origin: Origin) -> None:
         found.setdefault(weights_key(weights), Candidate(dict(weights), origin))
 
-    stacks = [stack_of(name, member, names) for name, member in members.items()]
+    stacks = [stack for name in names if (stack := stack_of(name, members)) is not None]
     for stack in reversed(stacks):
         if sum(weight != 0 for weight in stack.values()) > 1:
             add(stack, "stack")
@@ -81,7 +87,7 @@ def candidates(members: Mapping[str, Adapter], budget: int, seed: int = 0) -> li
     if len(names) > 1:
         add(dict.fromkeys(names, 1 / len(names)), "uniform")
     add(dict.fromkeys(names, 0.0), "base")
-    most = max(max(sum(stack.values()) for stack in stacks), 1.0)
+    most = max([1.0, *(sum(stack.values()) for stack in stacks)])
     for point in _spread(len(names), max(budget - len(found), 0), most, seed):
         add(dict(zip(names, point, strict=True)), "simplex")
     return list(found.values())
@@ -99,7 +105,7 @@ def search(
 
     Args:
         points: from :func:`candidates`.
-        score: coefficients → loss on λ-validation (lower is better).
+        score: coefficients → loss on λ-validation (lower is better); one that is not finite counts as infinite.
         known: scores by :func:`weights_key` from an interrupted search; they are not computed again.
         reporter: progress, with the best score so far.
         on_score: hears every new score, so that the caller can keep it.
@@ -111,19 +117,21 @@ def search(
         raise UserError("a search needs at least one candidate")
     scores = dict(known or {})
     done: list[Candidate] = []
+    best = math.inf
     with reporter.task("search weights", len(points), "candidate") as task:
         for point in points:
             key = weights_key(point.weights)
             if key not in scores:
-                scores[key] = float(score(point.weights))
+                found = float(score(point.weights))
+                scores[key] = found if math.isfinite(found) else math.inf
                 on_score(key, scores[key])
             done.append(Candidate(point.weights, point.origin, scores[key]))
             reporter.event("candidate", weights=dict(point.weights), score=scores[key], origin=point.origin)
-            task.advance(1, best=min(c.score for c in done if c.score is not None))
-    finite = [c for c in done if c.score is not None and np.isfinite(c.score)]
-    if not finite:
+            best = min(best, scores[key])
+            task.advance(1, best=best)
+    if not math.isfinite(best):
         raise UserError("no candidate has a finite score; the adapters or the validation data are damaged")
-    return SearchResult(tuple(done), min(finite, key=lambda c: c.score if c.score is not None else np.inf))
+    return SearchResult(tuple(done), next(c for c in done if c.score == best))
 
 
 def heuristic(name: str, members: Mapping[str, Adapter]) -> dict[str, float]:
@@ -134,12 +142,19 @@ def heuristic(name: str, members: Mapping[str, Adapter]) -> dict[str, float]:
     came after). All sum to 1. ``last``: the last member's stack, as it was trained.
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown name; ``last`` without the whole context of the last member.
     """
     names = list(members)
     K = len(names)
     if name == "last":
-        return stack_of(names[-1], members[names[-1]], names)
+        stack = stack_of(names[-1], members)
+        if stack is None:
+            context = ", ".join(parent.name for parent in members[names[-1]].lineage.context)
+            raise UserError(
+                f"{names[-1]!r} was trained beside {context}, which are not all members; make them members of the "
+                "fusion, or give weights"
+            )
+        return stack
     shares = {
         "equal": [1.0] * K,
         "later": [float(i + 1) for i in range(K)],
@@ -184,6 +199,5 @@ def _spread(K: int, count: int, most: float, seed: int) -> list[list[float]]:
     unit = qmc.Sobol(K + 1, seed=seed).random(size)[:count]
     shares = -np.log(np.clip(unit[:, :K], 1e-9, 1 - 1e-9))
     shares /= shares.sum(axis=1, keepdims=True)
-    low = min(LEAST * most, 0.5)
-    totals = low + (MOST * most - low) * unit[:, K]
+    totals = LEAST + (MOST * most - LEAST) * unit[:, K]
     return [[round(float(v), 4) for v in row] for row in shares * totals[:, None]]

@@ -47,7 +47,7 @@ def rivals(
     for name in dict.fromkeys([*names, *members]):
         found[name] = {name: 1.0}
     last = names[-1]
-    stack = {k: w for k, w in stack_of(last, trained[last], list(trained)).items() if w}
+    stack = {k: w for k, w in (stack_of(last, trained) or {}).items() if w}
     if len(stack) > 1:
         found["stack"] = stack
     if len(members) > 1:
