@@ -288,3 +288,9 @@ class TestBadInput:
         with pytest.raises(UserError, match="did you mean 'q_proj'"):
             run(tiny_model, tmp_path, inputs(lora=LoraSettings(target_modules=("q_prj",))))
         assert stage_module.frozen_digest(tiny_model), "the model can still be used"
+
+    def test_a_tracker_that_is_not_installed(self, tiny_model, tmp_path, monkeypatch):
+        monkeypatch.setattr("accelerate.tracking._available_trackers", [])
+        train = TrainSettings(max_steps=2, batch_size=4, report_to=("tensorboard",))
+        with pytest.raises(UserError, match="tensorboard is not installed here; `pip install tensorboard`"):
+            run(tiny_model, tmp_path, inputs(train=train))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lorchestra.bank import Bank, TrainableMember
-from lorchestra.errors import TrainingError
+from lorchestra.errors import TrainingError, UserError
 from lorchestra.events import Reporter, Task
 from lorchestra.train.checkpoint import Checkpoints, Progress
 from lorchestra.train.context import final_weights, weights_at
@@ -198,3 +198,18 @@ class Loop:
         else:
             progress.waited += 1
             progress.stopped = self.settings.patience is not None and progress.waited >= self.settings.patience
+
+
+def refuse_absent_trackers(wanted: Sequence[str]) -> None:
+    """accelerate leaves out a tracker that is not installed without a word; a user who asked for it should know.
+
+    Raises:
+        UserError: a tracker whose package is not there.
+    """
+    from accelerate.tracking import get_available_trackers
+
+    there = {tracker.value for tracker in get_available_trackers()}
+    if absent := [name for name in wanted if name not in there]:
+        raise UserError(
+            f"report_to: {', '.join(absent)} is not installed here; `pip install {' '.join(absent)}`, or leave it out"
+        )

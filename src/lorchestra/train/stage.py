@@ -20,7 +20,7 @@ from lorchestra.errors import TrainingError, UserError
 from lorchestra.events import SILENT, Reporter
 from lorchestra.train.checkpoint import Progress
 from lorchestra.train.context import final_weights, first_weights
-from lorchestra.train.loop import Loop
+from lorchestra.train.loop import Loop, refuse_absent_trackers
 from lorchestra.train.lora import new_member
 from lorchestra.train.objectives import Layout, PreferenceObjective, SftObjective
 from lorchestra.train.orthogonality import row_bases
@@ -93,11 +93,12 @@ def train_stage(
         log_directory: where trackers (``report_to``) write.
 
     Raises:
-        UserError: no training items.
+        UserError: no training items, or a tracker that is not installed.
         TrainingError: a law does not hold (frozen tensors changed, the preference law), or training diverged.
     """
     if not inputs.items:
         raise UserError(f"stage {inputs.name!r} has no training items")
+    refuse_absent_trackers(inputs.train.report_to)
     directory.mkdir(parents=True, exist_ok=True)
     before = frozen_digest(model)
     bank = Bank(model, base)
