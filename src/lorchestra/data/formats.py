@@ -240,17 +240,26 @@ def detect(rows: Sequence[Row], source: str) -> tuple[Format, dict[str, str]]:
     raise DataError(f"{source}: cannot tell the format. {expected(rows[0], list(FORMATS.values()))}")
 
 
+def known_format(name: str) -> Format:
+    """The format called ``name``.
+
+    Raises:
+        DataError: no such format, with the nearest name.
+    """
+    if name not in FORMATS:
+        near = get_close_matches(name, [*FORMATS, "auto"], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise DataError(f"unknown data format {name!r}; expected auto, {', '.join(FORMATS)}.{hint}")
+    return FORMATS[name]
+
+
 def named(name: str, rows: Sequence[Row], source: str) -> tuple[Format, dict[str, str]]:
     """The format called ``name``, bound to the columns of ``rows``.
 
     Raises:
         DataError: no such format, or required columns that are not there.
     """
-    if name not in FORMATS:
-        near = get_close_matches(name, [*FORMATS, "auto"], n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise DataError(f"unknown data format {name!r}; expected auto, {', '.join(FORMATS)}.{hint}")
-    columns = FORMATS[name].bind(list(dict.fromkeys(column for row in rows for column in row)))
+    columns = known_format(name).bind(list(dict.fromkeys(column for row in rows for column in row)))
     if columns is None:
         raise DataError(f"{source} is not in the format {name}. {expected(rows[0], [FORMATS[name]])}")
     return FORMATS[name], columns

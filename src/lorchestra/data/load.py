@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from lorchestra.data.example import Example, Message
 from lorchestra.data.expression import Expression
-from lorchestra.data.formats import Draft, Row, detect, expected, named
+from lorchestra.data.formats import Draft, Row, detect, expected, known_format, named
 from lorchestra.data.mapping import FieldMapping, read_cell
 from lorchestra.data.records import Record, read_records
 from lorchestra.data.split import normalise
@@ -86,6 +86,15 @@ class Loaded:
         return text
 
 
+def check_spec(spec: DataSpec, task: Literal["sft", "dpo"]) -> None:
+    """Look at ``spec`` itself, before anything is fetched.
+
+    Raises:
+        DataError: an unknown format, fields that make no example, a template or condition that does not compile.
+    """
+    _Reader(spec, task)
+
+
 def load_examples(
     spec: DataSpec, task: Literal["sft", "dpo"], *, relative_to: Path | None = None, reporter: Reporter = SILENT
 ) -> Loaded:
@@ -119,6 +128,8 @@ class _Reader:
             raise DataError(
                 f"{spec.source}: got format {spec.format!r} and fields; keep one of them (fields say how to read all)"
             )
+        if spec.format != "auto":
+            known_format(spec.format)
         if spec.limit is not None and spec.limit < 1:
             raise DataError(f"{spec.source}: limit is {spec.limit}; expected a number of examples, at least 1")
         self.spec, self.task = spec, task

@@ -60,6 +60,7 @@ def prepare(recipe: Recipe, reporter: Reporter = SILENT) -> Prepared:
     """
     from transformers import AutoTokenizer
 
+    recipe.check_sources()
     where = recipe.directory
     source = expand(recipe.base)
     directory = prepare_base(source, relative_to=where, reporter=reporter)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from lorchestra.errors import RecipeError
-from lorchestra.pipeline.recipe_text import Document, set_dotted
+from lorchestra.pipeline.recipe_sources import expand as expand
+from lorchestra.pipeline.recipe_sources import source_problem, variable_problem
+from lorchestra.pipeline.recipe_text import Document
+from lorchestra.pipeline.recipe_words import Location, Problem, near, problems
 from lorchestra.train.settings import ContextMember, LoraSettings, Objective, Settings, TrainSettings
 
 if TYPE_CHECKING:
@@ -21,7 +23,8 @@ NAME = re.compile(r"^[a-z][a-z0-9_-]{0,63}$")
 RESERVED = {"base", "auto", "uniform", "stack", "mixed", "chosen", "delivered", "new"}
 # Keys of `train` that may stand directly on a stage, as in `--set stages.0.epochs=1`.
 SHORTHAND = ("epochs", "max_steps", "learning_rate")
-ENVIRONMENT = {"HOME", "USER", "HF_TOKEN", "HF_ENDPOINT"}
+EITHER = {"epochs": "max_steps", "max_steps": "epochs"}  # one of them says how long to train
+DEVICE = re.compile(r"^(auto|cpu|mps|cuda(:\d+)?)$")
 
 Weights = Literal["search", "equal", "later", "specialised", "last"] | dict[str, float]
 
@@ -69,6 +72,8 @@ class Split(Settings):
 class Stage(Settings):
     """One stage; ``train`` and ``lora`` override the recipe's defaults key by key."""
 
+    SHORTHAND: ClassVar = SHORTHAND
+
     name: str
     task: Literal["sft", "dpo"] = "sft"
     data: Annotated[tuple[DataEntry, ...], Field(min_length=1)]
@@ -84,16 +89,17 @@ class Stage(Settings):
     def _forms(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        value = dict(value)
-        value["data"] = data_entries(value.get("data"))
-        context = value.get("context")
-        if isinstance(context, list):
-            value["context"] = {name: {} for name in context}
-        elif isinstance(context, dict):
-            value["context"] = {k: {"weight": v} if isinstance(v, int | float) else v for k, v in context.items()}
+        value = _without_empty(value)
+        if "data" in value:
+            value["data"] = data_entries(value["data"])
+        if "context" in value:
+            value["context"] = _context(value["context"])
         short = {key: value.pop(key) for key in SHORTHAND if key in value}
-        if short:
-            value["train"] = {**(value.get("train") or {}), **short}
+        train = value.get("train", {})
+        if short and isinstance(train, dict):
+            if twice := [key for key in short if key in train]:
+                raise ValueError(f"{twice[0]!r} stands on the stage and again in its train; keep one of them")
+            value["train"] = {**train, **short}
         if value.get("task", "sft") == "sft":
             for key in ("loss", "beta", "label_smoothing"):
                 if key in value:
@@ -158,7 +164,7 @@ class Recipe(Settings):
     deliver: Deliver = Deliver()
 
     _directory: Path = PrivateAttr(default_factory=Path)
-    _text: str = PrivateAttr(default="")
+    _document: Document = PrivateAttr(default_factory=lambda: Document.of({}))
     _path: Path | None = PrivateAttr(default=None)
 
     @classmethod
@@ -175,10 +181,9 @@ class Recipe(Settings):
         path = Path(path)
         document = Document.read(path)
         for override in overrides:
-            set_dotted(document.values, override)
+            _settle(document, document.override(override))
         recipe = cls._checked(document)
         recipe._directory = path.resolve().parent
-        recipe._text = document.text
         recipe._path = path.resolve()
         return recipe
 
@@ -187,7 +192,7 @@ class Recipe(Settings):
         """A recipe from plain values; relative paths are relative to ``directory``."""
         recipe = cls._checked(Document.of(dict(values)))
         recipe._directory = (directory or Path()).resolve()
-        recipe._text = recipe.model_dump_json(indent=2)
+        recipe._document.text = recipe.model_dump_json(indent=2)
         return recipe
 
     @classmethod
@@ -195,11 +200,16 @@ class Recipe(Settings):
         try:
             recipe = cls.model_validate(document.values)
         except ValidationError as error:
-            raise RecipeError(document.explain(error, cls)) from None
-        problems = recipe._problems()
-        if problems:
-            raise RecipeError(document.listed(problems))
+            raise RecipeError(document.listed(problems(error, cls))) from None
+        if found := recipe._problems():
+            raise RecipeError(document.listed(found))
+        recipe._document = document
         return recipe
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sections(cls, value: Any) -> Any:
+        return _without_empty(value) if isinstance(value, dict) else value
 
     @property
     def directory(self) -> Path:
@@ -213,8 +223,8 @@ class Recipe(Settings):
 
     @property
     def text(self) -> str:
-        """As it was written."""
-        return self._text
+        """As it was written: ``${NAME}`` is not filled in."""
+        return self._document.text
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -236,9 +246,34 @@ class Recipe(Settings):
             defaults["max_steps"] = None
         return TrainSettings.model_validate({**defaults, **stage.train})
 
-    def _problems(self) -> list[tuple[tuple[str | int, ...], str]]:
+    def check_sources(self) -> None:
+        """Before anything is fetched: are files there, sources in the grammar, mappings of columns sound?
+
+        Raises:
+            RecipeError: one message that lists what is wrong, with lines.
+        """
+        found = []
+        for path, text, entry, task in self._sources():
+            if problem := source_problem(text, self.directory, entry, task):
+                found.append((path, problem))
+        if found:
+            raise RecipeError(self._document.listed(found))
+
+    def _sources(self) -> Iterator[tuple[Location, str, DataEntry | None, Literal["sft", "dpo"]]]:
+        """Place, text, data entry (``None`` of a base or adapter) and task of everything that is read."""
+        yield ("base",), self.base, None, "sft"
+        for name, text in self.adapters.items():
+            yield ("adapters", name), text, None, "sft"
+        for i, stage in enumerate(self.stages):
+            for k, entry in enumerate(stage.data):
+                yield ("stages", i, "data", k), entry.source, entry, stage.task
+        for name, entries in self.evaluate.domains.items():
+            for k, entry in enumerate(entries):
+                yield ("evaluate", "domains", name, k), entry.source, entry, "sft"
+
+    def _problems(self) -> list[Problem]:
         """What the types cannot say: names, references, order."""
-        found: list[tuple[tuple[str | int, ...], str]] = []
+        found: list[Problem] = []
         known: list[str] = list(self.adapters)
         for name in self.adapters:
             found += _name_problem(("adapters", name), name)
@@ -255,11 +290,9 @@ class Recipe(Settings):
                 try:
                     read(stage)
                 except ValidationError as error:
-                    for item in error.errors():
-                        found.append(
-                            ((*at, key, *item["loc"]), _plain(item, LoraSettings if key == "lora" else TrainSettings))
-                        )
-            if {"epochs", "max_steps"} <= set(stage.train):
+                    model = LoraSettings if key == "lora" else TrainSettings
+                    found += problems(error, type(self), model, (*at, key))
+            if all(stage.train.get(key) is not None for key in EITHER):
                 found.append(((*at, "train"), "give epochs or max_steps, not both"))
             known.append(stage.name)
         for member in self.fusion.members:
@@ -278,7 +311,17 @@ class Recipe(Settings):
             if name in names:
                 found.append((("evaluate", "domains", name), f"{name!r} is a stage, which is a domain already"))
         if not NAME.match(self.name):
-            found.append((("name",), f"{self.name!r}: a recipe's name is lower-case letters, digits, - and _"))
+            found.append((("name",), f"{self.name!r}: a name is lower-case letters, digits, - and _"))
+        if self.train.max_steps is not None and "epochs" in self.train.model_fields_set:
+            found.append((("train",), "give epochs or max_steps, not both"))
+        members = self.fusion.members
+        for member in dict.fromkeys(member for member in members if members.count(member) > 1):
+            found.append((("fusion", "members"), f"{member!r} is here twice"))
+        if not DEVICE.match(self.device):
+            found.append((("device",), f"expected auto, cpu, cuda, cuda:0 … or mps, got {self.device!r}"))
+        for path, text, _, _ in self._sources():
+            if problem := variable_problem(text):
+                found.append((path, problem))
         return found
 
 
@@ -288,30 +331,46 @@ def data_entries(value: Any) -> Any:
     return [{"source": v} if isinstance(v, str) else v for v in values if v is not None]
 
 
-def expand(text: str) -> str:
-    """``${NAME}`` filled in from the environment, for allowed names only; the recipe itself keeps it unexpanded.
+def _settle(document: Document, path: Location) -> None:
+    """An override wins over the other spelling of its key, and over the other way to say how long to train."""
+    *above, key = path
+    if key not in SHORTHAND or not (above == ["train"] or (len(above) in (2, 3) and above[0] == "stages")):
+        return
+    homes = [tuple(above)]
+    if above[0] == "stages":
+        homes = [tuple(above[:2]), (*above[:2], "train")]
+    for home in homes:
+        values: Any = document.values
+        for part in home:
+            values = values.get(part) if isinstance(values, dict) else values[part] if values else None
+        for name in (key, EITHER.get(str(key))):
+            if isinstance(values, dict) and name in values and (*home, name) != path:
+                del values[name]
+                document.forget((*home, str(name)))
 
-    Raises:
-        RecipeError: another name, or one that is not set.
-    """
 
-    def value(found: re.Match[str]) -> str:
-        name = found[1]
-        if name not in ENVIRONMENT and not name.startswith("LORCHESTRA_"):
-            raise RecipeError(f"${{{name}}}: only {', '.join(sorted(ENVIRONMENT))} and LORCHESTRA_… may be used")
-        if name not in os.environ:
-            raise RecipeError(f"${{{name}}} is not set in the environment")
-        return os.environ[name]
-
-    return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", value, text)
+def _without_empty(values: dict[Any, Any]) -> dict[Any, Any]:
+    """A section whose lines are all commented out (``fusion:`` and nothing) is as good as not there."""
+    return {key: value for key, value in values.items() if value is not None}
 
 
-def near(word: str, words: Sequence[str]) -> str:
-    """`` (did you mean 'x'?)``, or nothing."""
-    import difflib
+def _context(value: Any) -> Any:
+    """A name, names, or name → weight or settings, as name → settings."""
+    if isinstance(value, str):
+        return {value: {}}
+    if isinstance(value, list):
+        if not all(isinstance(name, str) for name in value):
+            raise ValueError("context: expected a list of names ([general]) or a mapping (general: 0.5)")
+        return {name: {} for name in value}
+    if isinstance(value, dict):
+        return {name: _member(setting) for name, setting in value.items()}
+    return value
 
-    found = difflib.get_close_matches(word, list(words), 1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""
+
+def _member(setting: Any) -> Any:
+    if setting is None:
+        return {}
+    return {"weight": setting} if isinstance(setting, int | float | str) and not isinstance(setting, bool) else setting
 
 
 def _name_problem(path: tuple[str | int, ...], name: str) -> list[tuple[tuple[str | int, ...], str]]:
@@ -328,9 +387,3 @@ def _context_problem(member: str, stage: str, names: list[str], known: list[str]
     if member in names:
         return f"context {member!r} comes later than {stage!r}; a context names earlier stages (this would be a cycle)"
     return f"context {member!r} names no earlier stage or adapter{near(member, known)}"
-
-
-def _plain(item: Any, model: type[Settings]) -> str:
-    from lorchestra.pipeline.recipe_text import plain
-
-    return plain(item, model)

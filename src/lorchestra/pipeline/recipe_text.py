@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-import difflib
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
 from lorchestra.errors import RecipeError
+from lorchestra.pipeline.recipe_words import Location, Problem, near, shown
 
 SHOWN = 8  # problems in one message
-Location = tuple[str | int, ...]
+
+# What the YAML reader says → what it means; {mark} is the character it names.
+_YAML = (
+    ("'\\t'", "there is a tab here; YAML is indented with spaces"),
+    ("cannot start any token", "a text that begins with this character must stand in quotes"),
+    ("mapping values are not allowed", "a second ': ' on this line; put a text with a colon in quotes"),
+    ("could not find expected ':'", "a key is followed by a colon and a space (key: value); here it is not"),
+    ("expected ',' or '}'", "the { that opens here is not closed, or a comma is missing"),
+    ("expected ',' or ']'", "the [ that opens here is not closed, or a comma is missing"),
+    ("unexpected end of stream", "the quote that opens here is not closed"),
+    ("expected <block end>", "this line is not indented like its neighbours"),
+    ("undefined alias", "a text that begins with * must stand in quotes"),
+    ("another document", "a second document begins here (---); a recipe is one"),
+)
+# Of these the reader notices the end, and the beginning is where to look.
+_FROM_THE_START = ("could not find expected", "expected ',' or", "unexpected end of stream")
 
 
 @dataclass
 class Document:
-    """Plain values, and where each stands in the file."""
+    """Plain values, and where each stands: ``recipe.yaml:12``, or the override that set it."""
 
     name: str
     text: str
     values: dict[str, Any]
-    lines: dict[Location, int]
+    places: dict[Location, str]
 
     @classmethod
     def read(cls, path: Path) -> Document:
@@ -35,138 +46,163 @@ class Document:
             RecipeError: it cannot be read, is not YAML, has a key twice, or is no mapping.
         """
         from ruamel.yaml import YAML
+        from ruamel.yaml.constructor import DuplicateKeyError
         from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise RecipeError(f"there is no recipe {path}; `lorchestra init` writes one") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path} cannot be read: {error}") from None
+        except IsADirectoryError:
+            raise RecipeError(f"{path} is a directory; name the recipe in it ({path / 'recipe.yaml'})") from None
+        except UnicodeDecodeError:
+            raise RecipeError(f"{path} is not a text file in UTF-8; a recipe is YAML") from None
+        except OSError as error:
+            raise RecipeError(f"{path} cannot be read: {error.strerror or error}") from None
         try:
             tree = YAML(typ="rt").load(text)
+        except DuplicateKeyError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 0
+            key = str(error.problem).split('"')[1]
+            raise RecipeError(f"{path}:{line}: the key {key!r} is here a second time; keep one of them") from None
         except MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            where = f"{path}:{mark.line + 1}" if mark else str(path)
-            raise RecipeError(f"{where}: {(error.problem or 'not YAML').strip()}") from None
+            raise RecipeError(_yaml_problem(path, error)) from None
         except YAMLError as error:
-            raise RecipeError(f"{path}: not YAML: {error}") from None
+            raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(tree, dict):
-            raise RecipeError(f"{path}: a recipe is a mapping (name:, base:, stages:); this is {type(tree).__name__}")
-        lines: dict[Location, int] = {}
-        return cls(path.name, text, _plain_values(tree, (), lines), lines)
+            what = "empty" if tree is None else "a list" if isinstance(tree, list) else f"the text {shown(tree)}"
+            raise RecipeError(f"{path}: a recipe is a mapping (name:, base:, stages:); this is {what}")
+        places: dict[Location, str] = {}
+        return cls(str(path), text, _plain_values(tree, (), str(path), places), places)
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Document:
         """Values that have no file."""
         return cls("recipe", "", values, {})
 
-    def explain(self, error: ValidationError, model: type[BaseModel]) -> str:
-        """One message for all that pydantic found."""
-        problems: list[tuple[Location, str]] = []
-        for item in error.errors():
-            path = tuple(part for part in item["loc"] if not _is_union_tag(part))
-            problems.append((path, plain(item, _model_at(model, path[:-1]))))
-        return self.listed(problems)
+    def override(self, override: str) -> Location:
+        """Apply ``stages.0.train.epochs=1`` (or ``stages.NAME.…``); the value is YAML. Returns the place.
 
-    def listed(self, problems: Sequence[tuple[Location, str]]) -> str:
+        Raises:
+            RecipeError: no ``=``, or a path through something that is not a mapping or list.
+        """
+        dotted, sign, text = override.partition("=")
+        parts = dotted.strip().split(".")
+        if not sign or not all(parts):
+            raise RecipeError(f"--set {override}: write key.path=value, for example --set stages.0.epochs=1")
+        value = _value(text, override)
+        here: Any = self.values
+        path: Location = ()
+        for part in parts[:-1]:
+            here, step = _step(here, part, override, path)
+            path = (*path, step)
+            self.places.setdefault(path, f"--set {override}")
+        last: str | int = parts[-1]
+        if isinstance(here, list):
+            last = _index(here, parts[-1], override)
+        elif not isinstance(here, dict):
+            raise RecipeError(_not_inside(override, path, here))
+        here[last] = value
+        path = (*path, last)
+        self.forget(path)
+        self.places[path] = f"--set {override}"
+        return path
+
+    def forget(self, path: Location) -> None:
+        """What stood at ``path`` in the file, or under it, stands there no more."""
+        for known in [known for known in self.places if known[: len(path)] == path]:
+            del self.places[known]
+
+    def listed(self, problems: Sequence[Problem]) -> str:
         """``recipe.yaml:12: stages.0.epoch: unknown key; did you mean 'epochs'?``, one line a problem."""
         unique = list(dict.fromkeys(problems))
         shown = []
         for path, text in unique[:SHOWN]:
-            line = self.line(path)
-            place = f"{self.name}:{line}" if line else self.name
-            dotted = ".".join(map(str, path))
-            shown.append(f"{place}: {dotted}: {text}" if dotted else f"{place}: {text}")
+            written = self._written(path)
+            dotted = ".".join(map(str, written))
+            shown.append(": ".join(part for part in (self.place(written), dotted, text) if part))
         if len(unique) > SHOWN:
             shown.append(f"… and {len(unique) - SHOWN} more")
         return "\n".join(shown)
 
-    def line(self, path: Location) -> int:
-        """1-based line of the key, or of the nearest key above it; 0 if unknown."""
+    def place(self, path: Location) -> str:
+        """Where the key stands, or the nearest key above it; the document's name if nothing is known."""
         while path:
-            if path in self.lines:
-                return self.lines[path]
+            if path in self.places:
+                return self.places[path]
             path = path[:-1]
-        return 0
+        return self.name
+
+    def _written(self, path: Location) -> Location:
+        """The path as the user wrote it: ``epochs`` may stand on the stage itself, one entry without its list."""
+        if len(path) > 1 and path not in self.places and (*path[:-2], path[-1]) in self.places:
+            return (*path[:-2], path[-1])
+        while path and path[-1] == 0 and path not in self.places and path[:-1] in self.places:
+            path = path[:-1]
+        return path
 
 
-def set_dotted(values: dict[str, Any], override: str) -> None:
-    """Apply ``stages.0.train.epochs=1`` (or ``stages.NAME.…``) to plain values; the value is YAML.
+def _yaml_problem(path: Path, error: Any) -> str:
+    said = str(error.problem or "not YAML").strip()
+    start = any(words in said for words in _FROM_THE_START)
+    mark = (error.context_mark if start else None) or error.problem_mark or error.context_mark
+    return f"{path}:{mark.line + 1}: {_meaning(said)}" if mark else f"{path}: {_meaning(said)}"
 
-    Raises:
-        RecipeError: no ``=``, or a path through something that is not a mapping or list.
-    """
+
+def _meaning(said: str) -> str:
+    return next((meaning for words, meaning in _YAML if words in said), said)
+
+
+def _value(text: str, override: str) -> Any:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
-    dotted, sign, text = override.partition("=")
-    if not sign or not dotted.strip():
-        raise RecipeError(f"override {override!r}: write key.path=value, for example stages.0.train.epochs=1")
     try:
-        value = YAML(typ="safe", pure=True).load(text) if text.strip() else None
-    except YAMLError:
-        value = text
-    parts = dotted.strip().split(".")
-    here: Any = values
-    for depth, part in enumerate(parts[:-1]):
-        here = _step(here, part, override, ".".join(parts[:depth]) or "the recipe")
-    last = parts[-1]
-    if isinstance(here, list):
-        here[_index(here, last, override)] = value
-    else:
-        here[last] = value
+        return YAML(typ="safe", pure=True).load(text) if text.strip() else None
+    except YAMLError as error:
+        if text.lstrip()[:1] in tuple("{['\""):
+            said = _meaning(str(getattr(error, "problem", error)))
+            raise RecipeError(
+                f"--set {override}: the value is not YAML: {said}. A value with brackets or spaces stands in quotes "
+                "for the shell: --set 'fusion.weights={a: 1}'"
+            ) from None
+        return text
 
 
-def plain(item: Any, model: type[BaseModel] | None) -> str:
-    """A pydantic error in plain words."""
-    kind, got = item["type"], item.get("input")
-    key = str(item["loc"][-1]) if item["loc"] else ""
-    if kind == "extra_forbidden":
-        known = sorted(model.model_fields) if model else []
-        near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        return f"unknown key {key!r}; {hint}"
-    if kind == "missing":
-        return f"the key {key!r} is missing"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    shown = "" if kind == "value_error" else f" (got {_short(got)})"
-    if kind == "literal_error":
-        words = item["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-        near = difflib.get_close_matches(str(got), words, 1, cutoff=0.5)
-        shown += f"; did you mean {near[0]!r}?" if near else ""
-    return message + shown
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
-def _plain_values(node: Any, path: Location, lines: dict[Location, int]) -> Any:
+def _plain_values(node: Any, path: Location, name: str, places: dict[Location, str]) -> Any:
     if isinstance(node, dict):
         for key in node:
-            lines[(*path, key)] = node.lc.key(key)[0] + 1 if hasattr(node, "lc") else 0
-        return {key: _plain_values(value, (*path, key), lines) for key, value in node.items()}
+            places[(*path, key)] = f"{name}:{node.lc.key(key)[0] + 1}"
+        return {key: _plain_values(value, (*path, key), name, places) for key, value in node.items()}
     if isinstance(node, list):
         for i in range(len(node)):
-            lines[(*path, i)] = node.lc.item(i)[0] + 1 if hasattr(node, "lc") else 0
-        return [_plain_values(value, (*path, i), lines) for i, value in enumerate(node)]
+            places[(*path, i)] = f"{name}:{node.lc.item(i)[0] + 1}"
+        return [_plain_values(value, (*path, i), name, places) for i, value in enumerate(node)]
+    if type(node).__name__ in ("TaggedScalar", "CommentedSet"):
+        raise RecipeError(f"{places.get(path, name)}: {'.'.join(map(str, path))}: a recipe has no YAML tags (!…)")
     for kind in (bool, int, float, str):  # ruamel's scalars carry their spelling; plain ones are wanted
         if isinstance(node, kind):
             return kind(node)
     return node
 
 
-def _step(here: Any, part: str, override: str, where: str) -> Any:
+def _step(here: Any, part: str, override: str, path: Location) -> tuple[Any, str | int]:
     if isinstance(here, list):
-        return here[_index(here, part, override)]
+        index = _index(here, part, override)
+        return here[index], index
     if isinstance(here, dict):
         if here.get(part) is None:
             here[part] = {}
-        return here[part]
-    raise RecipeError(f"override {override!r}: {where} is a plain value; nothing can be set inside it")
+        return here[part], part
+    raise RecipeError(_not_inside(override, path, here))
+
+
+def _not_inside(override: str, path: Location, value: Any) -> str:
+    where = ".".join(map(str, path))
+    return (
+        f"--set {override}: {where} is {shown(value)} in the recipe; nothing can be set inside it. Set the whole: "
+        f"--set {where}=…"
+    )
 
 
 def _index(items: list[Any], part: str, override: str) -> int:
@@ -175,34 +211,8 @@ def _index(items: list[Any], part: str, override: str) -> int:
         return names.index(part)
     if part.isdigit() and int(part) < len(items):
         return int(part)
-    known = ", ".join(str(name) for name in names if name) or f"0 to {len(items) - 1}"
-    raise RecipeError(f"override {override!r}: there is no {part!r} in the list; there are {known}")
-
-
-def _is_union_tag(part: str | int) -> bool:
-    """pydantic adds the branch of a union to an error's place; it is no key of the recipe."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "float", "int", "constrained-str"))
-
-
-def _model_at(model: Any, path: Location) -> type[BaseModel] | None:
-    """The settings class that the keys at ``path`` belong to."""
-    for part in path:
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            field = model.model_fields.get(str(part))
-            if field is None:
-                return None
-            model = field.annotation
-        else:
-            model = next((a for a in typing.get_args(model) if a is not type(None) and a is not Ellipsis), None)
-        model = _settings_in(model)
-    return model if isinstance(model, type) and issubclass(model, BaseModel) else None
-
-
-def _settings_in(annotation: Any) -> Any:
-    """The annotation without Optional and Annotated; the value type of a mapping stays inside it."""
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType, typing.Annotated):
-        return next((a for a in typing.get_args(annotation) if a is not type(None)), annotation)
-    if origin is dict:
-        return tuple[typing.get_args(annotation)[1]]  # type: ignore[misc]  # a one-type container to step into
-    return annotation
+    known = [str(name) for name in names if name]
+    there = ", ".join(known) or "none"
+    if not known and items:
+        there = f"0 to {len(items) - 1}"
+    raise RecipeError(f"--set {override}: there is no {part!r} in the list; there are {there}{near(part, known)}")

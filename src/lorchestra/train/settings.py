@@ -14,7 +14,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Settings(BaseModel):
     """Frozen, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Orthogonality(Settings):

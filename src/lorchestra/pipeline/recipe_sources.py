@@ -1,0 +1,74 @@
+"""The sources that a recipe names, looked at before anything is fetched."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lorchestra.base.locate import locate
+from lorchestra.base.source import parse_source
+from lorchestra.errors import DataError, RecipeError, SourceError
+from lorchestra.pipeline.recipe_words import near
+
+if TYPE_CHECKING:
+    from lorchestra.pipeline.recipe import DataEntry
+
+ENVIRONMENT = ("HF_ENDPOINT", "HF_TOKEN", "HOME", "USER")
+_VARIABLE = re.compile(r"\$\{([^}]*)\}")
+# A name like a/b is a hub's, unless it ends as a file does.
+_FILES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".gguf", ".gz", ".txt", ".safetensors")
+
+
+def source_problem(text: str, directory: Path, entry: DataEntry | None, task: Literal["sft", "dpo"]) -> str:
+    """What is wrong with a source as far as can be said here; empty if nothing.
+
+    Args:
+        text: as in the recipe.
+        directory: what relative paths are relative to.
+        entry: how it is read, if it is data.
+        task: of the stage that reads it.
+    """
+    from lorchestra.data.load import check_spec
+
+    try:
+        body = expand(text)
+        path = directory / Path(body.split("#sha256=")[0]).expanduser()
+        file = path.suffix.lower() in _FILES and not body.startswith(("hf:", "pip:"))
+        source = parse_source(body, is_path=path.exists() or file)
+        if source.kind == "path":
+            locate(source, relative_to=directory)
+        if entry is not None:
+            check_spec(entry.spec(), task)
+    except (RecipeError, SourceError, DataError) as error:
+        return str(error)
+    return ""
+
+
+def expand(text: str) -> str:
+    """``${NAME}`` filled in from the environment, for allowed names only; the recipe itself keeps it unexpanded.
+
+    Raises:
+        RecipeError: another name, or one that is not set.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        if problem := variable_problem(found[0]):
+            raise RecipeError(problem)
+        if found[1] not in os.environ:
+            raise RecipeError(f"the environment variable {found[1]} is not set, which {text!r} needs")
+        return os.environ[found[1]]
+
+    return _VARIABLE.sub(value, text)
+
+
+def variable_problem(text: str) -> str:
+    """What is wrong with the names in ``${…}``, whatever their values; empty if nothing."""
+    for name in _VARIABLE.findall(text):
+        if name not in ENVIRONMENT and not re.match(r"^LORCHESTRA_[A-Z0-9_]+$", name):
+            return (
+                f"${{{name}}} may not be used here: a recipe sees {', '.join(ENVIRONMENT)} and names that begin with "
+                f"LORCHESTRA_{near(name, ENVIRONMENT, cutoff=0.7)}"
+            )
+    return ""
