@@ -13,7 +13,7 @@ from filelock import FileLock
 from lorchestra.adapter.adapter import BaseId
 from lorchestra.base.fingerprint import fingerprint
 from lorchestra.base.home import home
-from lorchestra.base.locate import file_sha256, locate
+from lorchestra.base.locate import NotHereError, file_sha256, locate
 from lorchestra.errors import SourceError, UserError
 from lorchestra.events import SILENT, Reporter
 
@@ -44,17 +44,20 @@ class Base:
         return 0
 
 
-def prepare_base(source: str, *, relative_to: Path | None = None, reporter: Reporter = SILENT) -> Path:
+def prepare_base(
+    source: str, *, relative_to: Path | None = None, reporter: Reporter = SILENT, fetch: bool = True
+) -> Path:
     """A Hugging Face directory for ``source``; a GGUF file is dequantised to float32 once and kept.
 
     Raises:
+        NotHereError: it would have to be fetched or dequantised, and ``fetch`` is false.
         SourceError: not found, not a model, or an architecture that cannot be read.
     """
-    path = locate(source, relative_to=relative_to, reporter=reporter)
+    path = locate(source, relative_to=relative_to, reporter=reporter, fetch=fetch)
     if path.is_file():
         if path.suffix != ".gguf":
             raise SourceError(f"base {source!r} is a file, but not GGUF; give a model directory or a .gguf file")
-        return _converted(path, reporter)
+        return _converted(path, reporter, fetch)
     if not (path / "config.json").exists():
         if (path / "adapter_config.json").exists():
             raise SourceError(f"base {source!r} is an adapter, not a model; give its base, and this as an adapter")
@@ -157,9 +160,11 @@ def _cpu_multiplies_bfloat16() -> bool:
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def _converted(gguf: Path, reporter: Reporter) -> Path:
+def _converted(gguf: Path, reporter: Reporter, fetch: bool) -> Path:
     digest = file_sha256(gguf)
     final = home() / "bases" / f"{gguf.stem}-{digest[:16]}-v{CONVERSION}"
+    if not fetch and not final.exists():
+        raise NotHereError(f"{gguf.name} has not been dequantised yet")
     final.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{final}.lock"):
         if not final.exists():

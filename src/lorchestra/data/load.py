@@ -96,7 +96,12 @@ def check_spec(spec: DataSpec, task: Literal["sft", "dpo"]) -> None:
 
 
 def load_examples(
-    spec: DataSpec, task: Literal["sft", "dpo"], *, relative_to: Path | None = None, reporter: Reporter = SILENT
+    spec: DataSpec,
+    task: Literal["sft", "dpo"],
+    *,
+    relative_to: Path | None = None,
+    reporter: Reporter = SILENT,
+    fetch: bool = True,
 ) -> Loaded:
     """Read ``spec`` for a stage of kind ``task``.
 
@@ -105,13 +110,13 @@ def load_examples(
 
     Raises:
         DataError: names file and row, what was got, what was expected.
-        SourceError: the source cannot be found or fetched.
+        SourceError: the source cannot be found or fetched, or is not here and ``fetch`` is false.
     """
     from lorchestra.base.locate import content_sha256, locate
 
     # Before anything is fetched: what is wrong with the recipe itself.
     reader = _Reader(spec, task)
-    path = locate(spec.source, relative_to=relative_to, reporter=reporter, repo_type="dataset")
+    path = locate(spec.source, relative_to=relative_to, reporter=reporter, repo_type="dataset", fetch=fetch)
     name = spec.source if path.is_dir() else path.name
     loaded = replace(reader.read(read_records(path, name), name), content=content_sha256(path))
     reporter.say(loaded.describe())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,11 @@ class Prepared:
         return int(next(token for token in tokens if token is not None))
 
 
-def prepare(recipe: Recipe, reporter: Reporter = SILENT) -> Prepared:
+def prepare(recipe: Recipe, reporter: Reporter = SILENT, fetch: bool = True) -> Prepared:
     """Fetch, load, split, render and check; no weights are loaded.
 
     Raises:
+        NotHereError: something would have to be fetched, and ``fetch`` is false.
         SourceError, DataError, AdapterError: what cannot be found, read or used.
     """
     from transformers import AutoTokenizer
@@ -63,7 +64,7 @@ def prepare(recipe: Recipe, reporter: Reporter = SILENT) -> Prepared:
     recipe.check_sources()
     where = recipe.directory
     source = expand(recipe.base)
-    directory = prepare_base(source, relative_to=where, reporter=reporter)
+    directory = prepare_base(source, relative_to=where, reporter=reporter, fetch=fetch)
     path = where / Path(source).expanduser()
     name = str(path.resolve()) if path.exists() else source  # adapters record it, to find their base again
     base = fingerprint(directory, name)
@@ -73,16 +74,16 @@ def prepare(recipe: Recipe, reporter: Reporter = SILENT) -> Prepared:
     for note in renderer.notes:
         reporter.say(f"note: {note}")
     data = {
-        stage.name: _stage_data(recipe, stage.name, stage.task, stage.data, renderer, reporter)
+        stage.name: _stage_data(recipe, stage.name, stage.task, stage.data, renderer, reporter, fetch)
         for stage in recipe.stages
     }
-    spec = _spec(recipe)
+    spec = split_spec(recipe)
     for extra, entries in recipe.evaluate.domains.items():
-        data[extra] = _stage_data(recipe, extra, "sft", entries, renderer, reporter)
+        data[extra] = _stage_data(recipe, extra, "sft", entries, renderer, reporter, fetch)
     check = check_data([data[stage.name] for stage in recipe.stages], renderer, spec)
     adapters = {}
     for key, text in recipe.adapters.items():
-        adapter = Adapter.load(locate(expand(text), relative_to=where, reporter=reporter))
+        adapter = Adapter.load(locate(expand(text), relative_to=where, reporter=reporter, fetch=fetch))
         if adapter.base.weights and adapter.base.weights != base.weights:
             raise AdapterError(
                 f"adapter {key!r} ({text}) was trained on {adapter.base.name or 'another base'}, whose weights are not "
@@ -97,19 +98,26 @@ def rendered_digest(items: Sequence[Rendered]) -> str:
     return json_digest([[item.prompt, [[b.ids, b.supervised] for b in item.branches]] for item in items])
 
 
-def _spec(recipe: Recipe) -> SplitSpec:
+def split_spec(recipe: Recipe) -> SplitSpec:
+    """How the examples are split."""
     return SplitSpec(recipe.split.train, recipe.split.validation, recipe.split.test, recipe.seeds.data)
 
 
 def _stage_data(
-    recipe: Recipe, name: str, task: Any, entries: Sequence[DataEntry], renderer: Renderer, reporter: Reporter
+    recipe: Recipe,
+    name: str,
+    task: Any,
+    entries: Sequence[DataEntry],
+    renderer: Renderer,
+    reporter: Reporter,
+    fetch: bool,
 ) -> StageData:
     loaded = []
     for entry in entries:
-        found = load_examples(entry.spec(), task, relative_to=recipe.directory, reporter=reporter)
+        found = load_examples(entry.spec(), task, relative_to=recipe.directory, reporter=reporter, fetch=fetch)
         _lock(recipe, entry.source, found.content)
-        loaded.append(found)
-    splits = split([example for found in loaded for example in found.examples], _spec(recipe))
+        loaded.append(replace(found, source=entry.source))  # as written: a lineage keeps no environment
+    splits = split([example for found in loaded for example in found.examples], split_spec(recipe))
     return StageData.render(name, task, loaded, splits, renderer)
 
 
