@@ -58,7 +58,7 @@ class Patterns:
             raise AdapterError(f"{key} should map patterns to numbers; it is {type(table).__name__}")
         self.default = _number(default_key, config.get(default_key))
         self.literal: dict[str, int] = {}  # text → its place among the patterns
-        self.expressions: list[tuple[int, Any]] = []
+        self.expressions: list[tuple[int, str, Any]] = []
         self.numbers: list[float] = []
         for place, (pattern, value) in enumerate(table.items()):
             self.numbers.append(_number(f"{key}[{pattern!r}]", value))
@@ -66,7 +66,7 @@ class Patterns:
             if text is not None:
                 self.literal.setdefault(text, place)
             else:
-                self.expressions.append((place, self._compiled(pattern)))
+                self.expressions.append((place, pattern, self._compiled(pattern)))
 
     def values(self, paths: Iterable[str]) -> dict[str, float]:
         """Module path → its number.
@@ -81,7 +81,7 @@ class Patterns:
         parts = path.split(".")
         ends = (".".join(parts[i:]) for i in range(len(parts)))
         first = min((self.literal[end] for end in ends if end in self.literal), default=len(self.numbers))
-        for place, expression in self.expressions:
+        for place, pattern, expression in self.expressions:
             if place > first:
                 break
             try:
@@ -90,7 +90,7 @@ class Patterns:
                     break
             except TimeoutError:
                 raise AdapterError(
-                    f"{self.key}: matching {expression.pattern!r} takes too long; write the modules' names instead"
+                    f"{self.key}: matching {pattern!r} takes too long; write the modules' names instead"
                 ) from None
         return self.numbers[first] if first < len(self.numbers) else self.default
 
@@ -101,8 +101,8 @@ class Patterns:
             raise AdapterError(f"{self.key}: a pattern of {len(pattern)} characters is refused")
         try:
             return regex.compile(rf"(.*\.)?({pattern})$")
-        except regex.error as error:
-            raise AdapterError(f"{self.key}: {pattern!r} is no regular expression: {error}") from None
+        except (regex.error, RecursionError) as error:
+            raise AdapterError(f"{self.key}: {pattern!r} is no regular expression that works: {error}") from None
 
 
 def _as_text(pattern: str) -> str | None:
