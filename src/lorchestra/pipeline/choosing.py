@@ -53,18 +53,45 @@ def betas(recipe: Recipe) -> dict[str, float]:
     return {stage.name: stage.beta for stage in recipe.stages if stage.task == "dpo"}
 
 
+@dataclass(frozen=True)
+class SearchInputs:
+    """What a search depends on: the points it tries, the domains it tries them on, and the step's digest."""
+
+    points: list[Candidate]
+    domains: dict[str, Domain]
+    digest: str
+
+
 def choose(
     prepared: Prepared, members: Mapping[str, Adapter], base: Base, cache: StepCache, reporter: Reporter
 ) -> Chosen:
     """Coefficients as the recipe asks: given, by a heuristic, or searched on λ-validation."""
     recipe = prepared.recipe
+    if (given := settled(recipe, members)) is not None:
+        return given
+    inputs = search_inputs(prepared, members, str(base.dtype))
+
+    def make(work: Path) -> dict[str, Any]:
+        return _search(work, inputs.points, members, inputs.domains, base, betas(recipe), reporter)
+
+    return concluded(members, inputs, cache.build("search", inputs.digest, make, reporter.say))
+
+
+def settled(recipe: Recipe, members: Mapping[str, Adapter]) -> Chosen | None:
+    """Coefficients that need no search: given, or by a heuristic."""
     asked = recipe.fusion.weights
+    if asked == "search":
+        return None
     if isinstance(asked, dict):
-        given = {name: float(asked.get(name, 0.0)) for name in members}
-        return Chosen(given, None, tuple(context_warnings(members, given)), None)
-    if asked != "search":
+        weights = {name: float(asked.get(name, 0.0)) for name in members}
+    else:
         weights = heuristic(asked, members)
-        return Chosen(weights, None, tuple(context_warnings(members, weights)), None)
+    return Chosen(weights, None, tuple(context_warnings(members, weights)), None)
+
+
+def search_inputs(prepared: Prepared, members: Mapping[str, Adapter], dtype: str) -> SearchInputs:
+    """Everything that the outcome of a search depends on; ``dtype`` is the base's (``torch.float32``)."""
+    recipe = prepared.recipe
     # The search works on the stages' own domains: extra domains are for the verdict alone.
     stages = {stage.name for stage in recipe.stages}
     found = domains_of(prepared, "validation", recipe.fusion.validation_limit, choices=False)
@@ -73,18 +100,18 @@ def choose(
     digest = step_digest(
         "search",
         SEARCH_VERSION,
-        {"points": [dict(p.weights) for p in points], "betas": betas(recipe), "dtype": str(base.dtype)},
+        {"points": [dict(p.weights) for p in points], "betas": betas(recipe), "dtype": dtype},
         {
             "base": prepared.base.weights,
             "members": {name: adapter.digest for name, adapter in members.items()},
             "domains": {name: domain.digest for name, domain in domains.items()},
         },
     )
+    return SearchInputs(points, domains, digest)
 
-    def make(work: Path) -> dict[str, Any]:
-        return _search(work, points, members, domains, base, betas(recipe), reporter)
 
-    step = cache.build("search", digest, make, reporter.say)
+def concluded(members: Mapping[str, Adapter], inputs: SearchInputs, step: Step) -> Chosen:
+    """The coefficients that a finished search found."""
     tried = [Candidate(c["weights"], c["origin"], c["score"]) for c in step.info["candidates"]]
     best = min(tried, key=lambda c: c.score if c.score is not None else float("inf"))
     warnings = []
@@ -97,7 +124,7 @@ def choose(
             "the adapters do not help there. The best of them is delivered all the same, to be judged below."
         )
     warnings += context_warnings(members, best.weights)
-    items = sum(len(domain.items) for domain in domains.values())
+    items = sum(len(domain.items) for domain in inputs.domains.values())
     told = {
         "strategy": "fixed points and scrambled Sobol over total scale × simplex",
         "members": list(members),
@@ -153,14 +180,26 @@ def mounted(base: Base, members: Mapping[str, Adapter]) -> Bank:
     return bank
 
 
+def fuse_digest(prepared: Prepared, members: Mapping[str, Adapter], weights: Mapping[str, float]) -> str:
+    """Digest of the fusion step."""
+    recipe = prepared.recipe
+    digests = {name: adapter.digest for name, adapter in members.items()}
+    settings = {"weights": dict(weights), "rank": recipe.fusion.rank, "name": recipe.name}
+    return step_digest("fuse", FUSE_VERSION, settings, {"members": digests, "base": prepared.base.weights})
+
+
+def merge_digest(prepared: Prepared, fused: Adapter) -> str:
+    """Digest of the merge step."""
+    settings = {"dtype": prepared.recipe.deliver.dtype}
+    return step_digest("merge", MERGE_VERSION, settings, {"base": prepared.base.weights, "adapter": fused.digest})
+
+
 def fuse_step(
     prepared: Prepared, members: Mapping[str, Adapter], chosen: Chosen, cache: StepCache, reporter: Reporter
 ) -> tuple[Adapter, Step]:
     """The fused adapter: the exact sum, recompressed if the recipe gives a rank."""
     recipe = prepared.recipe
-    digests = {name: adapter.digest for name, adapter in members.items()}
-    settings = {"weights": chosen.weights, "rank": recipe.fusion.rank, "name": recipe.name}
-    digest = step_digest("fuse", FUSE_VERSION, settings, {"members": digests, "base": prepared.base.weights})
+    digest = fuse_digest(prepared, members, chosen.weights)
 
     def make(work: Path) -> dict[str, Any]:
         fused = linear(members, chosen.weights, name=recipe.name)
@@ -183,9 +222,7 @@ def fuse_step(
 def merge_step(prepared: Prepared, fused: Adapter, base: Base, cache: StepCache, reporter: Reporter) -> Step:
     """The merged model, checked against base + adapter (the parity law)."""
     dtype = prepared.recipe.deliver.dtype
-    digest = step_digest(
-        "merge", MERGE_VERSION, {"dtype": dtype}, {"base": prepared.base.weights, "adapter": fused.digest}
-    )
+    digest = merge_digest(prepared, fused)
 
     def make(work: Path) -> dict[str, Any]:
         out = work / "model"

@@ -104,7 +104,7 @@ class _Run:
         adapters = {**prepared.adapters, **{name: found.adapter for name, found in trained.items()}}
         members = {name: adapters[name] for name in self.recipe.members}
         if self.recipe.evaluate.mixed_baseline:
-            mixed = mixed_inputs(prepared, trained)
+            mixed = mixed_inputs(prepared, sum(int(found.training["tokens"]) for found in trained.values()))
             adapters["mixed"] = self._train(prepared, mixed).adapter
         chosen = choose(prepared, members, self.base, self.cache, self.reporter)
         if chosen.step is not None:

@@ -55,6 +55,48 @@ def rivals(
     return found
 
 
+@dataclass(frozen=True)
+class EvaluateInputs:
+    """What the verdict depends on: the sealed test, model → coefficients, and the step's digest."""
+
+    domains: dict[str, Domain]
+    models: dict[str, dict[str, float]]
+    digest: str
+
+
+def evaluate_inputs(
+    prepared: Prepared,
+    trained: Mapping[str, Adapter],
+    members: Mapping[str, Adapter],
+    fused: Adapter,
+    dtype: str,
+) -> EvaluateInputs | None:
+    """Everything that the scores depend on; ``None`` without a sealed test. ``dtype`` is the base's."""
+    recipe = prepared.recipe
+    domains = domains_of(prepared, "test", recipe.evaluate.test_limit, choices=True)
+    if not domains:
+        return None
+    models = rivals(prepared, trained, members)
+    digest = step_digest(
+        "evaluate",
+        VERSION,
+        {
+            "models": models,
+            "dtype": dtype,
+            "samples": recipe.evaluate.samples,
+            "tokens": recipe.evaluate.sample_tokens,
+            "merged": recipe.deliver.dtype if recipe.deliver.merged else None,
+        },
+        {
+            "base": prepared.base.weights,
+            "adapters": {name: adapter.digest for name, adapter in trained.items()},
+            "delivered": fused.digest,
+            "domains": {name: domain.digest for name, domain in domains.items()},
+        },
+    )
+    return EvaluateInputs(domains, models, digest)
+
+
 def evaluate_step(
     prepared: Prepared,
     trained: Mapping[str, Adapter],
@@ -80,28 +122,11 @@ def evaluate_step(
         reporter: progress.
     """
     recipe = prepared.recipe
-    domains = domains_of(prepared, "test", recipe.evaluate.test_limit, choices=True)
-    if not domains:
+    inputs = evaluate_inputs(prepared, trained, members, fused, str(base.dtype))
+    if inputs is None:
         return None
-    models = rivals(prepared, trained, members)
+    domains, models, digest = inputs.domains, inputs.models, inputs.digest
     asked = _questions(prepared, recipe.evaluate.samples)
-    digest = step_digest(
-        "evaluate",
-        VERSION,
-        {
-            "models": models,
-            "dtype": str(base.dtype),
-            "samples": recipe.evaluate.samples,
-            "tokens": recipe.evaluate.sample_tokens,
-            "merged": recipe.deliver.dtype if merged else None,
-        },
-        {
-            "base": prepared.base.weights,
-            "adapters": {name: adapter.digest for name, adapter in trained.items()},
-            "delivered": fused.digest,
-            "domains": {name: domain.digest for name, domain in domains.items()},
-        },
-    )
 
     def make(work: Path) -> dict[str, Any]:
         for name, domain in domains.items():

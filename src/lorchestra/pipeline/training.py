@@ -49,11 +49,11 @@ def stage_inputs(prepared: Prepared, stage: Stage, context: Mapping[str, tuple[A
     )
 
 
-def mixed_inputs(prepared: Prepared, trained: Mapping[str, Trained]) -> StageInputs:
+def mixed_inputs(prepared: Prepared, tokens: int) -> StageInputs:
     """One adapter on all stages' data mixed, with the stages' parameters and tokens.
 
     Its rank is the sum of the stages' ranks at the first stage's scale; it sees every stage's training examples (of
-    a preference pair the chosen answer), for as many tokens as the stages processed together.
+    a preference pair the chosen answer), for ``tokens`` tokens: as many as the stages processed together.
     """
     recipe = prepared.recipe
     first = recipe.stages[0]
@@ -65,7 +65,6 @@ def mixed_inputs(prepared: Prepared, trained: Mapping[str, Trained]) -> StageInp
         for part, kept in items.items():
             kept += [Rendered(r.prompt, r.branches[:1], r.truncated) for r in prepared.data[stage.name].rendered[part]]
     train = recipe.train_of(first)
-    tokens = sum(int(found.training["tokens"]) for found in trained.values())
     a_step = (
         sum(item.length for item in items["train"])
         / len(items["train"])
