@@ -1,7 +1,8 @@
 """Finished steps, by what they were made of: one content-addressed cache shared by all recipes.
 
 A step lives in ``<kind>-<digest>``, appears there by one rename, and holds ``done.json`` with the SHA-256 of its
-files. Until then it is ``<kind>-<digest>.work``, which stays after a kill, so that a step can go on.
+files. Until then it is ``<kind>-<digest>.work``. What a killed step needs to go on lies in ``scratch/`` there; the
+rest of an unfinished directory is cleared before the step is tried again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,11 +22,20 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lorchestra.adapter.digest import json_digest
-from lorchestra.errors import StorageError, UserError
+from lorchestra.base.lock import locked
+from lorchestra.errors import LorchestraError, StorageError, UserError
 
 SCRATCH = "scratch"  # inside a work directory: checkpoints, gone before the step is finished
-_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+MARKER = "done.json"
+LINKED_FROM = 1 << 20  # bytes
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file is larger than allowed here (ulimit -f, or the file system's limit)",
+}
 _CLOSED = {errno.EACCES: "no permission", errno.EROFS: "the file system is read-only", errno.EPERM: "not permitted"}
+# Writers in Rust and C++ raise their own errors: safetensors names the number, torch.save gives none.
+_FOREIGN = re.compile(r"\(os error (?P<number>\d+)\)|PytorchStreamWriter failed|unexpected pos \d+ vs \d+")
 
 
 def step_digest(kind: str, version: int, settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
@@ -56,20 +67,33 @@ def storage(where: Path) -> Iterator[None]:
     """Turn a full or closed disk into one clear error.
 
     Raises:
-        StorageError: instead of the operating system's error.
+        StorageError: instead of the error of the operating system, safetensors or torch.
     """
     try:
         yield
-    except OSError as error:
-        why = _FULL.get(error.errno or 0) or _CLOSED.get(error.errno or 0)
+    except LorchestraError:
+        raise
+    except Exception as error:
+        number = _error_number(error)
+        why = _FULL.get(number) or _CLOSED.get(number)
         if why is None:
             raise
         advice = (
             "Free some space and run again; finished steps are kept"
-            if error.errno in _FULL
+            if number in _FULL
             else "Choose a directory that can be written (LORCHESTRA_HOME for the cache, --run-dir for the run)"
         )
-        raise StorageError(f"{why}: {error.filename or where}. {advice}") from error
+        raise StorageError(f"{why}: {getattr(error, 'filename', None) or where}. {advice}") from error
+
+
+def _error_number(error: Exception) -> int:
+    """The operating system's number of a failed write, whoever reports it; 0 for anything else."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = _FOREIGN.search(str(error))
+    if found is None:
+        return 0
+    return int(found["number"]) if found["number"] else errno.ENOSPC
 
 
 class StepCache:
@@ -85,7 +109,7 @@ class StepCache:
     def lookup(self, kind: str, digest: str) -> Step | None:
         """The finished step, if it is there."""
         directory = self.path(kind, digest)
-        marker = directory / "done.json"
+        marker = directory / MARKER
         if not marker.exists():
             return None
         note = json.loads(marker.read_text(encoding="utf-8"))
@@ -105,32 +129,37 @@ class StepCache:
         Args:
             kind: of the step.
             digest: of the step (:func:`step_digest`).
-            make: fills the work directory it is given and returns notes (JSON). It may find its own unfinished work
-                there; what it puts into ``scratch/`` is not kept.
+            make: fills the work directory it is given and returns notes (JSON). The directory is empty but for
+                ``scratch/``, where it finds what it left there before a kill, and which is not kept.
             waiting: hears that another process is making the same step.
 
         Raises:
-            StorageError: the disk is full or closed; nothing stands under the final name then.
+            StorageError: the disk is full or closed (nothing stands under the final name then), or the finished step
+                was damaged.
         """
         found = self.lookup(kind, digest)
         if found is not None:
+            self.verify(found)
             return found
         final = self.path(kind, digest)
         with storage(final):
             self.root.mkdir(parents=True, exist_ok=True)
-            with _locked(FileLock(f"{final}.lock"), f"{kind} {digest[:12]}", waiting):
+            with locked(final.with_name(final.name + ".lock"), f"{kind} {digest[:12]}", waiting):
                 found = self.lookup(kind, digest)
                 if found is not None:
                     return found
                 work = final.with_name(final.name + ".work")
-                work.mkdir(exist_ok=True)
-                info = dict(make(work))
+                if not (work / MARKER).exists():  # else killed between the marker and the rename: all is there
+                    (work / SCRATCH).mkdir(parents=True, exist_ok=True)
+                    _clear(work)
+                    info = dict(make(work))
+                    made = {name: sha for name, sha in outputs(work).items() if not name.startswith(f"{SCRATCH}/")}
+                    write_json(work / MARKER, {"kind": kind, "digest": digest, "outputs": made, "info": info})
                 shutil.rmtree(work / SCRATCH, ignore_errors=True)
-                note = {"kind": kind, "digest": digest, "outputs": outputs(work), "info": info}
-                write_json(work / "done.json", note)
                 shutil.rmtree(final, ignore_errors=True)  # a directory without its marker is nobody's
                 os.replace(work, final)
                 _sync(final.parent)
+        info = json.loads((final / MARKER).read_text(encoding="utf-8"))["info"]
         return Step(final, info, digest, cached=False)
 
     def verify(self, step: Step) -> None:
@@ -139,13 +168,20 @@ class StepCache:
         Raises:
             StorageError: a file is missing or was changed.
         """
-        note = json.loads((step.directory / "done.json").read_text(encoding="utf-8"))
-        (found := outputs(step.directory)).pop("done.json", None)
+        note = json.loads((step.directory / MARKER).read_text(encoding="utf-8"))
+        found = outputs(step.directory)
         for name, digest in note["outputs"].items():
             if found.get(name) != digest:
                 raise StorageError(
                     f"{step.directory / name} is missing or was changed; delete {step.directory}, run again"
                 )
+
+
+def _clear(work: Path) -> None:
+    """Remove what an unfinished try left behind, its scratch excepted."""
+    for path in work.iterdir():
+        if path.name != SCRATCH:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def outputs(directory: Path) -> dict[str, str]:
@@ -166,6 +202,53 @@ def write_json(path: Path, value: Any) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, path)
+
+
+def place(source: Path, target: Path) -> None:
+    """Put a copy of ``source`` at ``target``, in place of what is there.
+
+    Weights are hard links where the file system allows; small files, which people edit, are copies. A kill leaves
+    hidden siblings at most, never half a directory under the name; the next call removes them.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = _hidden(target, "partial"), _hidden(target, "old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.copytree(source, partial, copy_function=_link_or_copy)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def discard(target: Path) -> None:
+    """Remove a directory; at no moment half of it stands under its name."""
+    old = _hidden(target, "old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _hidden(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{kind}")
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    if os.stat(source).st_size >= LINKED_FROM:
+        try:
+            os.link(source, target)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source, target)
+    else:
+        shutil.copyfile(source, target)
+
+
+def sweep(directory: Path) -> None:
+    """Remove the half-written files that a killed run left in its directory; call it under :func:`run_lock`."""
+    for path in directory.glob(".*.partial"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -196,19 +279,6 @@ def run_lock(directory: Path, wait: bool, waiting: Callable[[str], None]) -> Ite
         yield
     finally:
         owner.unlink(missing_ok=True)
-        lock.release()
-
-
-@contextmanager
-def _locked(lock: FileLock, what: str, waiting: Callable[[str], None]) -> Iterator[None]:
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        waiting(f"another process is making {what}; waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
         lock.release()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +14,7 @@ from typing import Any
 from lorchestra.base.home import home
 from lorchestra.base.load import Base, choose_device, choose_dtype, load_base
 from lorchestra.events import SILENT, Reporter
-from lorchestra.pipeline.cache import Step, StepCache, run_lock, storage, write_json
+from lorchestra.pipeline.cache import Step, StepCache, discard, place, run_lock, storage, sweep, write_json
 from lorchestra.pipeline.choosing import Chosen, choose, fuse_step, merge_step
 from lorchestra.pipeline.journal import Journal
 from lorchestra.pipeline.judging import Judged, evaluate_step
@@ -73,6 +71,7 @@ def run(recipe: Recipe, *, directory: Path | None = None, reporter: Reporter = S
     """
     where = (directory or Path("runs") / recipe.name).resolve()
     with storage(where), run_lock(where, wait, reporter.say):
+        sweep(where)
         journal = Journal(reporter, where / "events.jsonl")
         try:
             return _Run(recipe, where, journal).go()
@@ -126,11 +125,11 @@ class _Run:
         if judged is not None:
             self._note("evaluate", "evaluate", judged.step)
         final = self.directory / "final"
-        _place(fuse.directory / "adapter", final / "adapter")
+        place(fuse.directory / "adapter", final / "adapter")
         if model is not None:
-            _place(model, final / "model")
+            place(model, final / "model")
         else:
-            shutil.rmtree(final / "model", ignore_errors=True)
+            discard(final / "model")
         report = self._report(trained, chosen, fuse, merge, judged)
         sentence = judged.verdict.sentence if judged else ""
         digests = {**{name: adapter.digest for name, adapter in adapters.items()}, "fused": fused.digest}
@@ -166,6 +165,7 @@ class _Run:
         digest = stage_digest(prepared, inputs, device.type, str(dtype))
         cached = self.cache.lookup("stage", digest)
         if cached is not None:
+            self.cache.verify(cached)
             found = load_trained(cached)
             self.reporter.say(f"{inputs.name}: trained before, reused ({digest[:12]})")
         else:
@@ -247,19 +247,3 @@ class _Run:
             "tokens": training["tokens"],
             "tokens_per_second": training["tokens"] / seconds,
         }
-
-
-def _place(source: Path, target: Path) -> None:
-    """Put a cached directory under the run: hard links where the file system allows, else copies; by rename."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-
-    def link(src: str, dst: str) -> None:
-        try:
-            os.link(src, dst)
-        except OSError:
-            shutil.copyfile(src, dst)
-
-    shutil.copytree(source, partial, copy_function=link)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)

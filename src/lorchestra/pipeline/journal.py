@@ -22,6 +22,7 @@ class Journal:
 
     def __init__(self, reporter: Reporter, path: Path) -> None:
         self.reporter = reporter
+        _end_at_a_line(path)
         self._stream = path.open("a", encoding="utf-8", buffering=1)
 
     @contextmanager
@@ -45,3 +46,14 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         self._stream.close()
+
+
+def _end_at_a_line(path: Path) -> None:
+    """Cut off a last line that a full disk or a crash left unfinished."""
+    if not path.exists():
+        return
+    with path.open("rb+") as stream:
+        text = stream.read()
+        whole = text.rfind(b"\n") + 1
+        if whole < len(text):
+            stream.truncate(whole)
