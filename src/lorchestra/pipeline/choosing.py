@@ -19,7 +19,7 @@ from lorchestra.events import Reporter
 from lorchestra.fusion.methods import compress, linear
 from lorchestra.fusion.search import Candidate, Weights, candidates, context_warnings, heuristic, search, weights_key
 from lorchestra.fusion.stream import merge
-from lorchestra.pipeline.cache import Step, StepCache, step_digest, write_json
+from lorchestra.pipeline.cache import SCRATCH, Step, StepCache, step_digest, write_json
 from lorchestra.pipeline.prepare import Prepared
 from lorchestra.pipeline.recipe import Recipe
 
@@ -146,7 +146,7 @@ def _search(
 ) -> dict[str, Any]:
     """Mean over domains of loss / base loss, per candidate; scores are kept as they come."""
     bank = mounted(base, members)
-    kept = work / "scores.json"
+    kept = work / SCRATCH / "scores.json"
     known: dict[str, float] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
 
     def measured(weights: Weights) -> dict[str, Scores]:

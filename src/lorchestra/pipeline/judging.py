@@ -19,7 +19,7 @@ from lorchestra.evaluate.score import Domain, Scores, score
 from lorchestra.evaluate.verdict import DELIVERED, Verdict, judge
 from lorchestra.events import Reporter, Task
 from lorchestra.fusion.search import stack_of, weights_key
-from lorchestra.pipeline.cache import Step, StepCache, step_digest, write_json
+from lorchestra.pipeline.cache import SCRATCH, Step, StepCache, step_digest, write_json
 from lorchestra.pipeline.choosing import Chosen, betas, domains_of, mounted
 from lorchestra.pipeline.prepare import Prepared
 
@@ -169,7 +169,7 @@ def _evaluate(
     base: Base,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    kept = work / "scores.json"
+    kept = work / SCRATCH / "scores.json"
     scores = _read_scores(kept) if kept.exists() else {}
     items = sum(len(domain.items) for domain in domains.values())
     by_key: dict[str, dict[str, Scores]] = {}
@@ -210,6 +210,7 @@ def _evaluate(
         }
         for (domain, example), first, second in zip(asked, before, after, strict=True)
     ]
+    _write_scores(work / "scores.json", scores)
     write_json(work / "samples.json", samples)
     return {"models": list(scores), "items": items}
 
