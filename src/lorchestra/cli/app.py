@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from lorchestra.cli import chat, doctor, evaluate, finetune, fuse, init, inspect, merge, run
+from lorchestra.cli.options import either_dash
 
 app = typer.Typer(
     name="lorchestra",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": either_dash},
     help=(
         "From a few hundred examples to your own language model: train LoRA adapters in stages on a frozen base, "
         "fuse them exactly, and deliver a model with an honest verdict.\n\n"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorchestra.cli.options import Adapters, Device, Dtype, weighted
+from lorchestra.cli.options import Adapters, Device, Dtype, number, weighted
 from lorchestra.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from lorchestra.data.example import Message
     from lorchestra.data.render import Renderer
     from lorchestra.evaluate.answer import Sampling
+
+HELP = "/weights NAME=WEIGHT … changes the mixture, /reset forgets the conversation, /exit leaves"
 
 
 def chat(
@@ -33,7 +36,8 @@ def chat(
 ) -> None:
     """Talk to a model.
 
-    `/reset` forgets the conversation, `/weights a=0.5 b=1` changes the mixture, `/exit` leaves.
+    `/weights a=0.5 b=1` changes the mixture, `/reset` forgets the conversation, `/exit` leaves. Lines of a pipe are
+    questions, each answered in turn.
 
     **Examples**
 
@@ -45,11 +49,12 @@ def chat(
     import torch
 
     from lorchestra.cli.models import open_model
+    from lorchestra.cli.progress import make_reporter
     from lorchestra.data.example import Message
     from lorchestra.data.render import Renderer
     from lorchestra.evaluate.answer import Sampling
 
-    mounted = open_model(base, members, device=device, dtype=dtype)
+    mounted = open_model(base, members, device=device, dtype=dtype, reporter=make_reporter())
     torch.manual_seed(seed)
     renderer = Renderer(mounted.base.tokenizer, max_length=None)
     sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty)
@@ -64,37 +69,66 @@ def chat(
 def _converse(mounted: Mounted, renderer: Renderer, opening: list[Message], sampling: Sampling) -> None:
     from lorchestra.data.example import Message
 
-    weights = mounted.weights
+    terminal = sys.stdin.isatty()
+    if terminal:
+        _edit_lines()
+        name = Path(mounted.base.directory).name
+        typer.secho(f"{name}, {_mixture(mounted.weights)}. {HELP}", err=True, dim=True)
     turns = list(opening)
-    if sys.stdin.isatty():
-        mixture = " + ".join(f"{w:g}·{n}" for n, w in weights.items()) or "no adapters"
-        typer.secho(f"{Path(mounted.base.directory).name}, {mixture}. /reset, /weights, /exit", err=True, dim=True)
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            line = input("> " if terminal else "").strip()
         except EOFError:
             return
         if line in ("/exit", "/quit"):
             return
         if line == "/reset":
             turns = list(opening)
-        elif line.startswith("/weights"):
-            try:
-                weights.update(_weights(line.removeprefix("/weights").split(), weights))
-            except UserError as error:
-                typer.secho(str(error), err=True, fg="red")
+        elif line.startswith("/"):
+            _command(line, mounted.weights)
         elif line:
             turns.append(Message("user", line))
-            turns.append(Message("assistant", _answer(mounted, renderer, turns, sampling)))
+            try:
+                turns.append(Message("assistant", _answer(mounted, renderer, turns, sampling)))
+            except KeyboardInterrupt:  # stops the answer, not the conversation
+                typer.echo(" …")
+                turns.pop()
 
 
-def _weights(parts: list[str], known: dict[str, float]) -> dict[str, float]:
+def _edit_lines() -> None:
+    """Arrow keys and history at the prompt, where Python was built with them."""
+    import contextlib
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (importing it is what it takes)
+
+
+def _command(line: str, weights: dict[str, float]) -> None:
+    word, *parts = line.split()
+    if word != "/weights":
+        typer.secho(HELP, err=True, dim=True)
+        return
+    try:
+        weights.update(_weights(parts, weights))
+    except UserError as error:
+        typer.secho(str(error), err=True, fg="red")
+        return
+    typer.secho(_mixture(weights), err=True, dim=True)
+
+
+def _mixture(weights: Mapping[str, float]) -> str:
+    return " + ".join(f"{weight:g}·{name}" for name, weight in weights.items()) or "no adapters"
+
+
+def _weights(parts: list[str], known: Mapping[str, float]) -> dict[str, float]:
     chosen = {}
     for part in parts:
-        member = weighted(part)
-        if member.source not in known:
-            raise UserError(f"no adapter {member.source!r} is mounted; mounted: {', '.join(known) or 'none'}")
-        chosen[member.source] = member.weight
+        name, sign, weight = part.rpartition("=")
+        if not sign:
+            raise UserError(f"{part!r}: write /weights NAME=WEIGHT, as in /weights clinic=0.5")
+        if name not in known:
+            raise UserError(f"no adapter {name!r} is mounted; mounted: {', '.join(known) or 'none'}")
+        chosen[name] = number(weight, repr(part))
     return chosen
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from typing import Any
@@ -30,6 +31,7 @@ def doctor(as_json: Json = False) -> None:
 
 def _facts() -> dict[str, Any]:
     from importlib.metadata import version
+    from importlib.util import find_spec
 
     import torch
 
@@ -47,9 +49,17 @@ def _facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cache": str(directory),
         "cache free": f"{shutil.disk_usage(existing).free / 1e9:.1f} GB",
-        "hub": os.environ.get("HF_ENDPOINT", "https://huggingface.co (set HF_ENDPOINT for a mirror)"),
-        "package index": os.environ.get("PIP_INDEX_URL", "as pip is set up"),
+        "hub": _shown(os.environ.get("HF_ENDPOINT", "https://huggingface.co (set HF_ENDPOINT for a mirror)")),
+        "package index": _shown(os.environ.get("PIP_INDEX_URL", "as pip is set up")),
+        "trackers": ", ".join(name for name in ("tensorboard", "wandb", "mlflow") if find_spec(name)) or "none",
     }
+    if device.type == "cuda":
+        facts["device"] = f"{device} ({torch.cuda.get_device_name(device)})"
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         facts["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB"
     return facts
+
+
+def _shown(address: str) -> str:
+    """Without the password that it may hold."""
+    return re.sub(r"//[^/@\s]+@", "//…@", address)

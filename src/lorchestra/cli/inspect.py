@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorchestra.cli.options import Json
+
+if TYPE_CHECKING:
+    from lorchestra.adapter.adapter import Lineage, Parent
 
 
 def inspect(
@@ -36,7 +41,8 @@ def inspect(
     view = inspect_factors({path: (update, scales[path]) for path, update in loaded.modules.items()}, sigma)
     if as_json:
         head = {"digest": loaded.digest, "base": loaded.base.name, "parameters": loaded.parameters}
-        typer.echo(json.dumps({**head, **view.as_dict()}, indent=2))
+        told = {**head, "lineage": asdict(loaded.lineage), **view.as_dict()}
+        typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
         return
 
     from rich.console import Console
@@ -54,7 +60,28 @@ def inspect(
     console.print(table)
     console.print(f"{len(view.modules)} modules, {loaded.parameters:,} parameters, ‖ΔW‖ {loaded.norm():.4g} in all")
     known = "known by digest" if loaded.base.weights else "unverified: shapes only"
+    for line in _origin(loaded.lineage):
+        console.print(line)
     console.print(f"base {loaded.base.name or 'unnamed'} ({known})")
     console.print(f"digest {loaded.digest}")
     for remark in view.remarks:
         console.print(remark)
+
+
+def _origin(lineage: Lineage) -> list[str]:
+    """How the adapter came to be, as far as it says."""
+    if lineage.made_by == "stage":
+        lora = lineage.settings.get("lora", {})
+        how = f"rank {lora['rank']}, α {lora['alpha']:g}, {lora['scaling']}, {lora['init']}" if lora else ""
+        out = [f"stage {lineage.name} ({lineage.task}; {how}; the scale is folded into B)"]
+        out += [f"  on {source}" for source in lineage.data]
+        if lineage.context:
+            out.append(f"  beside {_sum(lineage.context)}")
+        return out
+    if lineage.made_by == "fusion":
+        return [f"fusion {lineage.name} ({lineage.task}) = {_sum(lineage.parents)}"]
+    return ["made by another tool: nothing is known of its training"]
+
+
+def _sum(parents: Sequence[Parent]) -> str:
+    return " + ".join(f"{parent.coefficient:g}·{parent.name} ({parent.digest[7:19]})" for parent in parents)

@@ -1,18 +1,17 @@
-"""A base with adapters mounted, as ``chat``, ``eval`` and ``merge`` need it."""
+"""A base with adapters mounted, as ``chat`` and ``eval`` need it; adapters by name, as ``merge`` and ``fuse`` do."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorchestra.adapter.adapter import Adapter
+from lorchestra.adapter.adapter import Adapter, BaseId
 from lorchestra.bank import Bank
 from lorchestra.base.load import Base, load_base, prepare_base
 from lorchestra.base.locate import locate
 from lorchestra.cli.options import Weighted, distinct
-from lorchestra.cli.progress import make_reporter
-from lorchestra.errors import SourceError
+from lorchestra.errors import AdapterError, SourceError
 from lorchestra.events import Reporter
 
 
@@ -30,39 +29,85 @@ def is_adapter(directory: Path) -> bool:
     return (directory / "adapter_config.json").exists() and not (directory / "config.json").exists()
 
 
-def load_adapter(source: str, reporter: Reporter) -> Adapter:
-    """An adapter from a directory, ``hf:`` or ``pip:``."""
-    return Adapter.load(locate(source, relative_to=Path.cwd(), reporter=reporter))
-
-
-def base_of(adapter: Path) -> str:
-    """The base that an adapter directory names.
+def load_adapters(members: list[Weighted], reporter: Reporter) -> tuple[dict[str, Adapter], dict[str, float]]:
+    """Name → adapter (from a directory, ``hf:`` or ``pip:``), and name → weight.
 
     Raises:
-        SourceError: it names none.
+        UserError: an adapter is given twice.
+        SourceError, AdapterError: one cannot be found or read.
     """
-    name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not name:
-        raise SourceError(f"{adapter} is an adapter that does not name its base; give the base, and it with --adapter")
-    return str(name)
-
-
-def resolve_base(base: str, members: list[Weighted]) -> tuple[str, list[Weighted]]:
-    """Where the base argument is itself an adapter directory: its base, and the adapter as a member."""
-    path = Path(base)
-    if path.is_dir() and is_adapter(path):
-        return base_of(path), [Weighted(base, 1.0), *members]
-    return base, members
-
-
-def open_model(base: str, members: list[Weighted], *, device: str, dtype: str) -> Mounted:
-    """Load the base and mount every member."""
-    reporter = make_reporter()
-    base, members = resolve_base(base, members)
     named = distinct(members)
-    adapters = {name: load_adapter(member.source, reporter) for name, member in named.items()}
-    loaded = load_base(prepare_base(base, relative_to=Path.cwd(), reporter=reporter), device=device, dtype=dtype)
+    adapters = {
+        name: Adapter.load(locate(member.source, relative_to=Path.cwd(), reporter=reporter))
+        for name, member in named.items()
+    }
+    return adapters, {name: member.weight for name, member in named.items()}
+
+
+def open_model(base: str, members: list[Weighted], *, device: str, dtype: str, reporter: Reporter) -> Mounted:
+    """Load the base and mount every member. A base that is itself an adapter brings its own base and is a member.
+
+    Raises:
+        SourceError, AdapterError, UserError: what cannot be found, read or combined.
+    """
+    itself = is_adapter(locate(base, relative_to=Path.cwd(), reporter=reporter))
+    if itself:
+        members = [Weighted(base, 1.0), *members]
+    adapters, weights = load_adapters(members, reporter)
+    directory = base_of(base, next(iter(adapters.values())), reporter) if itself else base_directory(base, reporter)
+    loaded = load_base(directory, device=device, dtype=dtype)
+    for line in remarks(adapters, weights, loaded.id):
+        reporter.say(line)
     bank = Bank(loaded.model, loaded.id)
     for name, adapter in adapters.items():
         bank.load(name, adapter)
-    return Mounted(loaded, bank, {name: member.weight for name, member in named.items()})
+    return Mounted(loaded, bank, weights)
+
+
+def base_directory(base: str, reporter: Reporter) -> Path:
+    """The Hugging Face directory of a base, fetched and converted if need be."""
+    return prepare_base(base, relative_to=Path.cwd(), reporter=reporter)
+
+
+def base_of(source: str, adapter: Adapter, reporter: Reporter) -> Path:
+    """The directory of the base that an adapter names.
+
+    Raises:
+        SourceError: it names none, or it is not there.
+    """
+    if not adapter.base.name:
+        raise SourceError(f"{source} is an adapter that does not name its base; give the base, and it with --adapter")
+    try:
+        return base_directory(adapter.base.name, reporter)
+    except SourceError as error:
+        raise SourceError(
+            f"{source} is an adapter, and its base cannot be had: {error}\n"
+            f"If the base is elsewhere now, give it first: BASE --adapter {source}"
+        ) from error
+
+
+def remarks(adapters: Mapping[str, Adapter], weights: Mapping[str, float], base: BaseId | None = None) -> list[str]:
+    """What a user should know about this mixture: contexts that are missing, templates that differ, unknown bases."""
+    from lorchestra.fusion.search import context_warnings
+
+    out = [f"warning: {line}" for line in context_warnings(adapters, weights)]
+    for name, adapter in adapters.items():
+        if not adapter.base.weights:
+            out.append(f"note: {name} does not say which weights it was trained on; only shapes are checked")
+        elif base is not None and base.template and adapter.base.template not in ("", base.template):
+            out.append(f"warning: {name} was trained with another chat template than this base has")
+    return out
+
+
+def check_base(adapters: Mapping[str, Adapter], base: BaseId) -> None:
+    """Every adapter belongs to ``base``, as far as they say.
+
+    Raises:
+        AdapterError: one was trained on other weights.
+    """
+    for name, adapter in adapters.items():
+        if adapter.base.weights and adapter.base.weights != base.weights:
+            raise AdapterError(
+                f"{name} was trained on {adapter.base.name or 'another base'}, whose weights are not those of "
+                f"{base.name}; merge it into its own base"
+            )

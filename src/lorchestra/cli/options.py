@@ -18,6 +18,29 @@ Adapters = Annotated[
     list[str] | None,
     typer.Option("--adapter", "-a", metavar="DIR[=WEIGHT]", help="An adapter and its weight (1). Repeat for a sum."),
 ]
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help="auto, messages, sharegpt, alpaca, prompt_completion, choice or preference.",
+        rich_help_panel="Data",
+    ),
+]
+Field = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--field",
+        metavar="PART=COLUMN",
+        help="As in prompt=question, completion='{{ answer }}'. Repeat.",
+        rich_help_panel="Data",
+    ),
+]
+
+
+def either_dash(name: str) -> str:
+    """An option's name with ``_`` for ``-``: ``--lora-rank`` is ``--lora_rank`` (typer's ``token_normalize_func``)."""
+    return name.replace("-", "_")
 
 
 @dataclass(frozen=True)
@@ -27,26 +50,21 @@ class Weighted:
     source: str
     weight: float
 
-    @property
-    def name(self) -> str:
-        """What to call it in tables: the last part of its source."""
-        return Path(self.source.rstrip("/")).name
-
 
 def weighted(text: str) -> Weighted:
-    """``DIR`` or ``DIR=WEIGHT`` (the weight after the last ``=``).
+    """``DIR`` or ``DIR=WEIGHT``, the weight after the last ``=``; a directory that is there may have ``=`` in its name.
 
     Raises:
         UserError: the weight is not a finite number.
     """
     source, sign, weight = text.rpartition("=")
-    if not sign:
+    if not sign or Path(text).is_dir():
         return Weighted(text, 1.0)
-    return Weighted(source, number(weight, text))
+    return Weighted(source, number(weight, f"{text!r}: write ADAPTER=WEIGHT, as in ./clinic=0.5"))
 
 
-def number(text: str, inside: str) -> float:
-    """A finite float.
+def number(text: str, context: str) -> float:
+    """A finite float; ``context`` opens the message.
 
     Raises:
         UserError: it is not one.
@@ -56,22 +74,64 @@ def number(text: str, inside: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UserError(f"{inside!r}: {text!r} is not a weight; write ADAPTER=NUMBER, as in ./clinic=0.5")
+        raise UserError(f"{context}; {text!r} is not a finite number")
     return value
 
 
 def distinct(members: list[Weighted]) -> dict[str, Weighted]:
-    """Name → member; the same last path part twice is told apart by its parent directory.
+    """Name → member: the last parts of its path, as many as it takes to tell the names apart.
 
     Raises:
         UserError: the same adapter is given twice.
     """
-    out: dict[str, Weighted] = {}
+    places = [Path(member.source).resolve() for member in members]
+    for place, member in zip(places, members, strict=True):
+        if places.count(place) > 1:
+            raise UserError(f"adapter {member.source!r} is given twice; give it once, with the sum of its weights")
+    length = dict.fromkeys(places, 1)
+    while True:
+        names = ["/".join(place.parts[-length[place] :]) for place in places]
+        clashing = [place for place, name in zip(places, names, strict=True) if names.count(name) > 1]
+        if not clashing:
+            return dict(zip(names, members, strict=True))
+        length |= {place: length[place] + 1 for place in clashing}
+
+
+def refuse_overwriting(out: Path, members: list[Weighted]) -> None:
+    """A result must not take the place of what it is made from.
+
+    Raises:
+        UserError: ``out`` is one of the members.
+    """
     for member in members:
-        name = member.name
-        if name in out:
-            name = "/".join(Path(member.source.rstrip("/")).parts[-2:])
-        if name in out:
-            raise UserError(f"adapter {member.source!r} is given twice; add its weights instead")
-        out[name] = member
-    return out
+        if Path(member.source).resolve() == out.resolve():
+            raise UserError(
+                f"--output_dir {out} is adapter {member.source!r}, which is needed as it is; choose another"
+            )
+
+
+def listed(texts: list[str]) -> list[str]:
+    """Sources written with commas between them; a file whose own name has a comma is taken whole."""
+    return [
+        source
+        for text in texts
+        for source in ([text] if Path(text).expanduser().exists() else [part.strip() for part in text.split(",")])
+        if source
+    ]
+
+
+def fields_of(texts: list[str] | None) -> dict[str, str]:
+    """``PART=COLUMN``, … as part → column or template.
+
+    Raises:
+        UserError: no ``=``, or nothing after it.
+    """
+    fields = {}
+    for text in texts or ():
+        part, _, column = text.partition("=")
+        if not column.strip():
+            raise UserError(
+                f"--field {text!r}: write PART=COLUMN, as in prompt=question, completion='{{{{ answer }}}}'"
+            )
+        fields[part.strip()] = column.strip()
+    return fields

@@ -32,6 +32,13 @@ class Parity:
         """Whether the law holds."""
         return self.ratio <= LIMIT
 
+    @classmethod
+    def of(cls, base: Sequence[Tensor], adapted: Sequence[Tensor], merged: Sequence[Tensor]) -> Parity:
+        """From the three models' logits, each a list of ``[L, vocabulary]``."""
+        difference = sum(float((m - a).double().square().sum()) for m, a in zip(merged, adapted, strict=True)) ** 0.5
+        effect = sum(float((a - b).double().square().sum()) for a, b in zip(adapted, base, strict=True)) ** 0.5
+        return cls(difference, effect)
+
 
 @torch.no_grad()
 def logits_of(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -53,7 +60,4 @@ def parity(bank: Bank, weights: Mapping[str, float], merged: Any, prompts: Seque
         base = logits_of(bank.model, prompts)
     with bank.using(weights):
         adapted = logits_of(bank.model, prompts)
-    found = logits_of(merged, prompts)
-    difference = sum(float((f - a).double().square().sum()) for f, a in zip(found, adapted, strict=True)) ** 0.5
-    effect = sum(float((a - b).double().square().sum()) for a, b in zip(adapted, base, strict=True)) ** 0.5
-    return Parity(difference, effect)
+    return Parity.of(base, adapted, logits_of(merged, prompts))

@@ -182,11 +182,11 @@ def context_warnings(members: Mapping[str, Adapter], weights: Weights) -> list[s
             have = weights.get(present, 0.0) if present is not None else 0.0
             want = parent.coefficient * own
             if abs(have - want) > 0.05 * max(abs(want), abs(have), 1e-12) and max(abs(want), abs(have)) > 1e-3:
-                missing = "" if present is not None else " (which is no member)"
-                warnings.append(
-                    f"{name} was trained beside {parent.name} at {parent.coefficient:g}; with {name} at {own:g} that "
-                    f"is {want:g}, but its weight here is {have:g}{missing}"
-                )
+                trained = f"{name} was trained beside {parent.name} at {parent.coefficient:g}"
+                if present is None:
+                    warnings.append(f"{trained}, which is no member of this mixture")
+                else:
+                    warnings.append(f"{trained}; with {name} at {own:g} that is {want:g}, but it is {have:g} here")
     return warnings
 
 

@@ -72,9 +72,9 @@ class _Sums:
 
 
 def merge(
-    base: Path,
+    base: str | Path,
     adapter: Adapter,
-    out: Path,
+    out: str | Path,
     *,
     dtype: str = "auto",
     tokenizer_from: Path | None = None,
@@ -96,6 +96,7 @@ def merge(
         StorageError: ``out`` is taken, or cannot be written.
     """
     started = time.perf_counter()
+    base, out = Path(base), Path(out)
     if dtype != "auto" and dtype not in DTYPES:
         raise SourceError(f"dtype {dtype!r} is unknown; there are auto, {', '.join(DTYPES)}")
     config = _config(base)

@@ -76,16 +76,21 @@ def get_peft_model(model: nn.Module, peft_config: peft.LoraConfig, adapter_name:
 
     Returns:
         The ``PeftModel``; plain PEFT saves and loads it.
+
+    Raises:
+        UserError: ``init_method`` on a module whose factors are not matrices (a convolution).
     """
     wrapped = peft.get_peft_model(model, peft_config, adapter_name)
     method = getattr(peft_config, "init_method", None)
     generator = torch.Generator().manual_seed(seed)
-    for module in wrapped.modules():
+    for path, module in wrapped.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         module.lora_A.__class__ = _Factors
         if method is not None and adapter_name in module.lora_A:
             weight = module.lora_A[adapter_name].weight
+            if weight.ndim != 2:
+                raise UserError(f"init_method {method!r} is for linear modules; {path} is a convolution, leave it out")
             settings = LoraSettings(rank=weight.shape[0], init=method, sigma=peft_config.sigma)
             with torch.no_grad():
                 weight.copy_(initial_A(settings, weight.shape[1], generator))
