@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lorchestra.adapter.adapter import Adapter
+from lorchestra.errors import RecipeError
 from lorchestra.pipeline.execute import run
 from lorchestra.pipeline.recipe import Recipe
 
@@ -101,3 +102,10 @@ def test_a_fourth_stage_retrains_none_of_the_three(recipe, tmp_path, tiny_dir):
     assert cached["clinic"]
     assert cached["preference"]
     assert not cached["extra"]
+
+
+def test_a_search_needs_a_validation_part(tmp_path, tiny_dir):
+    split = {"train": 0.8, "validation": 0, "test": 0.2}
+    with pytest.raises(RecipeError, match=r"split\.validation: is 0, but fusion\.weights: search"):
+        Recipe.from_dict(recipe_dict(tiny_dir, split=split), tmp_path)
+    assert Recipe.from_dict(recipe_dict(tiny_dir, split=split, fusion={"weights": "later"}), tmp_path)

@@ -288,6 +288,7 @@ def _recipe(task: str, asked: Mapping[str, Any], beside: list[Weighted]) -> Reci
     values: dict[str, Any] = {
         "name": name,
         "split": {"train": 1 - share, "validation": share, "test": 0.0},
+        "fusion": {"weights": "last"},  # one stage: nothing to search, with or without validation
         "adapters": {key: member.source for key, member in members.items()},
         "stages": [
             {
@@ -302,6 +303,7 @@ def _recipe(task: str, asked: Mapping[str, Any], beside: list[Weighted]) -> Reci
         **asked,
         "target_modules": _names(asked["target_modules"]),
         "report_to": [tracker for tracker in _names(asked["report_to"]) if tracker != "none"],
+        "num_train_epochs": asked["num_train_epochs"] if asked["max_steps"] is None else None,
         "data_seed": asked["seed"] if asked["data_seed"] is None else asked["data_seed"],
     }
     if wanted["target_modules"] in ([], ["all"], ["all-linear"]):

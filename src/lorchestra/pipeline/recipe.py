@@ -306,6 +306,14 @@ class Recipe(Settings):
                     found.append(
                         (("fusion", "weights", name), f"{name!r} is no member of the fusion{near(name, self.members)}")
                     )
+        if self.fusion.weights == "search" and self.split.validation == 0:
+            found.append(
+                (
+                    ("split", "validation"),
+                    "is 0, but fusion.weights: search chooses on this part; give it a share, or set fusion.weights "
+                    "(equal, later, specialised, last, or a number for each member)",
+                )
+            )
         for name in self.evaluate.domains:
             found += _name_problem(("evaluate", "domains", name), name)
             if name in names:
