@@ -26,6 +26,10 @@ class SourceError(UserError):
     """A base, adapter or data source that cannot be found, fetched or trusted."""
 
 
+class NotHereError(SourceError):
+    """A source that would have to be fetched or converted first, asked for without the network."""
+
+
 class AdapterError(UserError):
     """An adapter that cannot be read, or not used exactly: unsupported, damaged, of another base."""
 

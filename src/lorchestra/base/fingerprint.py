@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from lorchestra.adapter.adapter import BaseId
 from lorchestra.adapter.digest import json_digest
 from lorchestra.base.home import home
+from lorchestra.base.lock import locked
 from lorchestra.errors import SourceError
 
 # Format of the cached fingerprints; raise it when the digests are computed differently.
 VERSION = 1
+MAX_HEADER = 100_000_000  # bytes; what safetensors itself allows
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "spiece.model", "vocab.txt")
 
 
@@ -41,14 +40,15 @@ def fingerprint(directory: Path, name: str = "") -> BaseId:
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in shards]
     key = json_digest([VERSION, str(directory.resolve()), stats]).removeprefix("sha256:")[:32]
     cached = home() / "fingerprints" / f"{key}.json"
-    if cached.exists():
-        weights = json.loads(cached.read_text())["weights"]
-    else:
-        weights = _weights_digest(shards)
+    if not cached.exists():
         cached.parent.mkdir(parents=True, exist_ok=True)
-        partial = cached.with_suffix(".partial")
-        partial.write_text(json.dumps({"weights": weights, "directory": str(directory)}))
-        partial.replace(cached)
+        with locked(cached.with_suffix(".lock"), f"the fingerprint of {directory}", lambda text: None):
+            if not cached.exists():
+                note = {"weights": _weights_digest(shards), "directory": str(directory)}
+                partial = cached.with_suffix(".partial")
+                partial.write_text(json.dumps(note), encoding="utf-8")
+                partial.replace(cached)
+    weights = json.loads(cached.read_text(encoding="utf-8"))["weights"]
     template = _template(directory)
     return BaseId(
         name=name or directory.name,
@@ -59,14 +59,17 @@ def fingerprint(directory: Path, name: str = "") -> BaseId:
 
 
 def _weights_digest(shards: list[Path]) -> str:
-    tensors: dict[str, tuple[Path, int, int, str, list[int]]] = {}
+    tensors: dict[str, tuple[Path, int, int, str, tuple[int, ...]]] = {}
     for shard in shards:
-        for name, entry, start in _header(shard):
-            first, last = entry["data_offsets"]
-            tensors[name] = (shard, start + first, last - first, entry["dtype"], entry["shape"])
+        for name, dtype, shape, first, last in _tensors(shard):
+            if name in tensors:
+                raise SourceError(
+                    f"{shard} holds {name!r}, which {tensors[name][0].name} holds too; remove one of them"
+                )
+            tensors[name] = (shard, first, last - first, dtype, shape)
     sha = hashlib.sha256()
     for name, (shard, offset, size, dtype, shape) in sorted(tensors.items()):
-        sha.update(f"{name}\0{dtype}\0{tuple(shape)}\0".encode())
+        sha.update(f"{name}\0{dtype}\0{shape}\0".encode())
         with shard.open("rb") as stream:
             stream.seek(offset)
             left = size
@@ -79,17 +82,34 @@ def _weights_digest(shards: list[Path]) -> str:
     return "sha256:" + sha.hexdigest()
 
 
-def _header(shard: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """(tensor name, header entry, where the data starts) of a safetensors file."""
+def _tensors(shard: Path) -> list[tuple[str, str, tuple[int, ...], int, int]]:
+    """(name, dtype, shape, first byte, end) of every tensor of a safetensors file; together they fill the file."""
+    damaged = f"{shard} is not a safetensors file, or is damaged"
+    whole = shard.stat().st_size
+    with shard.open("rb") as stream:
+        start = stream.read(8)
+        size = int.from_bytes(start, "little")
+        if len(start) < 8 or size > min(whole - 8, MAX_HEADER):
+            raise SourceError(f"{damaged}: its header would be {size:,} bytes of {whole:,}; fetch it again")
+        text = stream.read(size)
     try:
-        with shard.open("rb") as stream:
-            (size,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(min(size, 100_000_000)))
-    except (struct.error, ValueError) as error:
-        raise SourceError(f"{shard} is not a safetensors file, or is damaged ({error}); fetch it again") from error
-    for name, entry in header.items():
-        if name != "__metadata__":
-            yield name, entry, 8 + size
+        header = dict(json.loads(text))
+        header.pop("__metadata__", None)
+        found = [
+            (name, str(entry["dtype"]), tuple(entry["shape"]), 8 + size + int(first), 8 + size + int(last))
+            for name, entry in header.items()
+            for first, last in [entry["data_offsets"]]
+        ]
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise SourceError(f"{damaged}: {error!r} in its header; fetch it again") from error
+    end = 8 + size
+    for name, _, _, first, last in sorted(found, key=lambda entry: entry[3:]):
+        if first != end or last < first:
+            raise SourceError(f"{damaged}: tensor {name!r} overlaps another or leaves a gap; fetch it again")
+        end = last
+    if end != whole:
+        raise SourceError(f"{damaged}: it should have {end:,} bytes and has {whole:,}; fetch it again")
+    return found
 
 
 def _files_digest(files: list[Path]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -14,3 +15,18 @@ def home() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("lorchestra", appauthor=False))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that ``path`` holds all of it or what it held before, whoever else writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    partial = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        partial.chmod(0o644)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 from lorchestra.adapter.adapter import BaseId
 from lorchestra.base.fingerprint import fingerprint
 from lorchestra.base.home import home
-from lorchestra.base.locate import NotHereError, file_sha256, locate
-from lorchestra.errors import SourceError, UserError
+from lorchestra.base.locate import file_sha256, locate
+from lorchestra.base.lock import locked
+from lorchestra.errors import NotHereError, SourceError, UserError
 from lorchestra.events import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -135,7 +134,7 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=kind, use_safetensors=True, trust_remote_code=allow_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise SourceError(f"{directory} cannot be loaded as a causal language model: {error}") from error
     model.to(where).eval().requires_grad_(False)
     if model.get_output_embeddings() is None:
@@ -166,7 +165,7 @@ def _converted(gguf: Path, reporter: Reporter, fetch: bool) -> Path:
     if not fetch and not final.exists():
         raise NotHereError(f"{gguf.name} has not been dequantised yet")
     final.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{final}.lock"):
+    with locked(final.with_name(final.name + ".lock"), f"the dequantised {gguf.name}", reporter.say):
         if not final.exists():
             partial = final.with_name(final.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)

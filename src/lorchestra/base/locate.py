@@ -5,23 +5,15 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Literal
 
-from lorchestra.base.home import home
+from lorchestra.base.home import home, write_whole
 from lorchestra.base.source import Source, parse_source
-from lorchestra.errors import SourceError, StorageError
+from lorchestra.errors import NotHereError, SourceError, StorageError
 from lorchestra.events import SILENT, Reporter
 
-__all__ = ["Source", "SourceLock", "home", "locate", "parse_source"]
-
-# A base or an adapter is safetensors, JSON and tokenizer files; pickled weights are never fetched.
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.gguf", "*.tiktoken", "*.md"]
-
-
-class NotHereError(SourceError):
-    """A source that would have to be fetched or converted first, asked for with ``fetch=False``."""
+__all__ = ["NotHereError", "Source", "SourceLock", "home", "locate", "parse_source"]
 
 
 def locate(
@@ -47,13 +39,19 @@ def locate(
         StorageError: the cache cannot be written.
     """
     if isinstance(source, str):
-        body = source.split("#sha256=")[0]
-        source = parse_source(source, is_path=((relative_to or Path()) / Path(body).expanduser()).exists())
+        path = (relative_to or Path()) / Path(source.split("#sha256=")[0]).expanduser()
+        # `checkpoints/stage1` beside a directory `checkpoints` is a path, mistyped perhaps, and no hub name.
+        inside = path.parent.is_dir() and path.parent.resolve() != (relative_to or Path()).resolve()
+        source = parse_source(source, is_path=path.exists() or inside)
     if source.kind == "path":
         return _path(source, relative_to or Path())
     try:
         if source.kind == "hf":
-            return _hub(source, reporter, repo_type) if fetch else _held(source, repo_type)
+            from lorchestra.base.hub import fetch_hub
+
+            fetched = fetch_hub(source, reporter, repo_type, fetch)
+            check_pin(fetched.resolve(), source)
+            return fetched
         from lorchestra.base.wheel import fetch_wheel
 
         return _inside(fetch_wheel(source, reporter, fetch), source)
@@ -104,6 +102,8 @@ def _path(source: Source, relative_to: Path) -> Path:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
+        if parse_source(source.text).kind == "hf":
+            hint += f" On the hub it would be hf:{source.text}"
         raise SourceError(f"source {source.text!r}: there is no {path}{hint}")
     check_pin(path, source)
     return path
@@ -114,90 +114,11 @@ def _inside(directory: Path, source: Source) -> Path:
     if not path.resolve().is_relative_to(directory.resolve()):
         raise SourceError(f"source {source.text!r}: the path inside must not climb out of the package")
     if not path.exists():
-        names = [p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()]
+        names = [p.relative_to(directory).as_posix() for p in directory.rglob("[!.]*") if p.is_file()]
         near = difflib.get_close_matches(source.inside, names, 3, cutoff=0.4)
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise SourceError(f"source {source.text!r}: the package has no {source.inside!r}{hint}")
     return path
-
-
-def _hub(source: Source, reporter: Reporter, repo_type: Literal["model", "dataset"]) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    cache = home() / "hub"
-    cache.mkdir(parents=True, exist_ok=True)
-    revision = source.version or None
-    try:
-        with reporter.task(f"fetch {source.text}", None, "file"):
-            if source.inside:
-                fetched = hf_hub_download(
-                    source.name, source.inside, revision=revision, repo_type=repo_type, cache_dir=cache
-                )
-                path = Path(fetched)
-                check_pin(path.resolve(), source)
-                return path
-            patterns = _WANTED if repo_type == "model" else None
-            path = Path(
-                snapshot_download(
-                    source.name, revision=revision, repo_type=repo_type, cache_dir=cache, allow_patterns=patterns
-                )
-            )
-            check_pin(path, source)
-            return path
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
-        raise SourceError(_unreachable(source, error)) from error
-    except OSError as error:
-        if error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
-            raise
-        raise SourceError(_unreachable(source, error)) from error
-    except Exception as error:  # the hub's HTTP client has its own hierarchy (httpx), not OSError
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "requests", "urllib3"):
-            raise
-        raise SourceError(_unreachable(source, error)) from error
-
-
-def _held(source: Source, repo_type: Literal["model", "dataset"]) -> Path:
-    """What was fetched from the hub before, whole."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    cache, revision = home() / "hub", source.version or None
-    try:
-        if source.inside:
-            return Path(
-                hf_hub_download(
-                    source.name,
-                    source.inside,
-                    revision=revision,
-                    repo_type=repo_type,
-                    cache_dir=cache,
-                    local_files_only=True,
-                )
-            )
-        path = Path(
-            snapshot_download(
-                source.name, revision=revision, repo_type=repo_type, cache_dir=cache, local_files_only=True
-            )
-        )
-    except (LocalEntryNotFoundError, FileNotFoundError) as error:
-        raise NotHereError(f"source {source.text!r} has not been fetched yet") from error
-    index = path / "model.safetensors.index.json"
-    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.exists() else set()
-    if (repo_type == "model" and not any(path.glob("*.safetensors"))) or not all((path / s).exists() for s in shards):
-        raise NotHereError(f"source {source.text!r} has been fetched in part")
-    return path
-
-
-def _unreachable(source: Source, error: Exception) -> str:
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"source {source.text!r} could not be fetched from {endpoint}: {first}\n"
-        "  - a mirror: set HF_ENDPOINT, for example HF_ENDPOINT=https://hf-mirror.com\n"
-        "  - a private or gated repository: set HF_TOKEN\n"
-        "  - offline: fetch it elsewhere, copy the directory here and write its path instead of the name"
-    )
 
 
 class SourceLock:
@@ -237,6 +158,4 @@ class SourceLock:
             )
         if text not in known:
             known[text] = digest
-            partial = self.path.with_name(self.path.name + ".partial")
-            partial.write_text(json.dumps({"schema": 1, "sources": dict(sorted(known.items()))}, indent=2) + "\n")
-            partial.replace(self.path)
+            write_whole(self.path, json.dumps({"schema": 1, "sources": dict(sorted(known.items()))}, indent=2) + "\n")

@@ -10,9 +10,10 @@ from typing import Literal
 from lorchestra.errors import SourceError
 
 _SHA = re.compile(r"^(?P<rest>.*)#sha256=(?P<sha>[0-9a-fA-F]{64})$")
-_HUB = re.compile(r"^(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/]+))?(?:/(?P<inside>.+))?$")
-_PIP = re.compile(r"^(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.+!-]+)(?:/(?P<inside>.+))?$")
-_BARE = re.compile(r"^[\w-][\w.-]*/[\w-][\w.-]*(?:@[^/]+)?$")
+_HUB = re.compile(r"^(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/]+))?(?:/(?P<inside>.+))?$", re.ASCII)
+_PIP = re.compile(r"^(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.+!-]+)(?:/(?P<inside>.+))?$", re.ASCII)
+_BARE = re.compile(r"^[\w-][\w.-]*/[\w-][\w.-]*(?:@[^/]+)?$", re.ASCII)
+_FILE = re.compile(r"\.(jsonl|json|csv|tsv|parquet|txt|gguf|safetensors|ya?ml)$")  # no repository is called so
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def parse_source(text: str, *, is_path: bool = False) -> Source:
         return _matched("hf", _HUB, body, body.removeprefix("hf:"), sha, "hf:org/name@revision/path/inside")
     if body.startswith("pip:"):
         return _matched("pip", _PIP, body, body.removeprefix("pip:"), sha, "pip:distribution==version/path/inside")
-    if not is_path and _BARE.match(body):
+    if not is_path and _BARE.match(body) and not _FILE.search(body):
         return _matched("hf", _HUB, body, body, sha, "org/name@revision")
     scheme = re.match(r"^([a-z][a-z0-9+.-]+):(?![\\/])", body)
     if scheme or "://" in body:
