@@ -11,7 +11,7 @@ from lorchestra.adapter.adapter import Adapter, BaseId
 from lorchestra.adapter.digest import json_digest
 from lorchestra.base.fingerprint import fingerprint
 from lorchestra.base.load import prepare_base
-from lorchestra.base.locate import SourceLock, locate
+from lorchestra.base.locate import SourceLock, locate, parse_source
 from lorchestra.data.check import Check, StageData, check_data
 from lorchestra.data.load import load_examples
 from lorchestra.data.render import Rendered, Renderer
@@ -123,6 +123,6 @@ def _stage_data(
 
 def _lock(recipe: Recipe, text: str, digest: str) -> None:
     """Sources of a recipe that lies in a file are pinned beside it; data by a local path may change freely."""
-    remote = text.startswith(("hf:", "pip:"))
-    if recipe.path is not None and remote:
+    here = (recipe.directory / Path(text.split("#sha256=")[0]).expanduser()).exists()
+    if recipe.path is not None and parse_source(text, is_path=here).kind != "path":
         SourceLock(recipe.path.with_suffix(".lock.json")).check(text, digest)
