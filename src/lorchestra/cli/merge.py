@@ -16,8 +16,6 @@ from lorchestra.cli.options import Device, Json, Weighted, number, weighted
 from lorchestra.errors import TrainingError, UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lorchestra.adapter.adapter import Adapter
     from lorchestra.events import Reporter
 
@@ -140,7 +138,9 @@ def merged(
         AdapterError: an adapter does not fit the base.
         StorageError: the disk is full or closed.
     """
-    from lorchestra.evaluate.parity import LIMIT, Parity
+    from transformers import AutoTokenizer
+
+    from lorchestra.evaluate.parity import LIMIT, merged_parity
     from lorchestra.fusion.stream import merge as stream
     from lorchestra.pipeline.cache import storage
 
@@ -149,11 +149,11 @@ def merged(
         shutil.rmtree(unchecked, ignore_errors=True)
         try:
             report = stream(base, fused, unchecked, dtype=dtype, reporter=reporter)
-            with reporter.task("check the merged model", 3, "model") as task:
-                plain, adapted = _logits(base, device, adapters, [{}, weights])
-                task.advance(2)
-                found = Parity.of(plain, adapted, _logits(unchecked, device, {}, [{}])[0])
-                task.advance()
+            tokenizer = AutoTokenizer.from_pretrained(unchecked)
+            with reporter.task("check the merged model", len(PROBES), "prompt") as task:
+                prompts = [tokenizer(text)["input_ids"] for text in PROBES]
+                found = merged_parity(base, unchecked, adapters, weights, prompts, device)
+                task.advance(len(PROBES))
             if report.dtype == "float32" and not found.holds:
                 raise TrainingError(
                     f"the merged model does not answer as base + adapters do: {found.ratio:.1%} of the adapters' "
@@ -165,26 +165,6 @@ def merged(
         finally:
             shutil.rmtree(unchecked, ignore_errors=True)
     return {**report.as_dict(), "parity": found.ratio}
-
-
-def _logits(
-    directory: Path, device: str, adapters: Mapping[str, Adapter], mixtures: list[Mapping[str, float]]
-) -> list[list[Tensor]]:
-    """Logits on the probes in float32, once for each mixture; one model is in memory at a time."""
-    from lorchestra.bank import Bank
-    from lorchestra.base.load import load_base
-    from lorchestra.evaluate.parity import logits_of
-
-    loaded = load_base(directory, device=device, dtype="float32")
-    prompts = [loaded.tokenizer(text)["input_ids"] for text in PROBES]
-    bank = Bank(loaded.model)
-    for name, adapter in adapters.items():
-        bank.load(name, adapter)
-    out = []
-    for mixture in mixtures:
-        with bank.using(mixture):
-            out.append(logits_of(loaded.model, prompts))
-    return out
 
 
 def _lines(told: Mapping[str, Any]) -> list[str]:

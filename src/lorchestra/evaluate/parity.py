@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorchestra.adapter.adapter import Adapter
 from lorchestra.bank import Bank
+from lorchestra.base.load import load_base
 
 # Share of the adapter's own effect on the logits that a merge may disturb, in float32.
 LIMIT = 0.05
@@ -61,3 +64,43 @@ def parity(bank: Bank, weights: Mapping[str, float], merged: Any, prompts: Seque
     with bank.using(weights):
         adapted = logits_of(bank.model, prompts)
     return Parity.of(base, adapted, logits_of(merged, prompts))
+
+
+def merged_parity(
+    base: Path,
+    merged: Path,
+    adapters: Mapping[str, Adapter],
+    weights: Mapping[str, float],
+    prompts: Sequence[Sequence[int]],
+    device: str = "auto",
+) -> Parity:
+    """:func:`parity` of a merged model directory, in float32, with one model in memory at a time.
+
+    Args:
+        base: the directory that was merged into.
+        merged: what came of it.
+        adapters: name → adapter.
+        weights: their coefficients in the merge.
+        prompts: token ids.
+        device: see :func:`lorchestra.base.load.choose_device`.
+    """
+    plain, adapted = _logits(base, device, adapters, [{}, weights], prompts)
+    return Parity.of(plain, adapted, _logits(merged, device, {}, [{}], prompts)[0])
+
+
+def _logits(
+    directory: Path,
+    device: str,
+    adapters: Mapping[str, Adapter],
+    mixtures: Sequence[Mapping[str, float]],
+    prompts: Sequence[Sequence[int]],
+) -> list[list[Tensor]]:
+    """Logits of every prompt, once for each mixture."""
+    bank = Bank(load_base(directory, device=device, dtype="float32").model)
+    for name, adapter in adapters.items():
+        bank.load(name, adapter)
+    out = []
+    for mixture in mixtures:
+        with bank.using(mixture):
+            out.append(logits_of(bank.model, prompts))
+    return out

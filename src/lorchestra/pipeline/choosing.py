@@ -10,10 +10,10 @@ from typing import Any
 
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.bank import Bank
-from lorchestra.base.load import Base, load_base
+from lorchestra.base.load import Base
 from lorchestra.errors import TrainingError
 from lorchestra.evaluate.metrics import loss_draws
-from lorchestra.evaluate.parity import parity
+from lorchestra.evaluate.parity import merged_parity
 from lorchestra.evaluate.score import Domain, Kind, Scores, make_domain, score
 from lorchestra.events import Reporter
 from lorchestra.fusion.methods import compress, linear
@@ -23,7 +23,8 @@ from lorchestra.pipeline.cache import SCRATCH, Step, StepCache, step_digest, wri
 from lorchestra.pipeline.prepare import Prepared
 from lorchestra.pipeline.recipe import Recipe
 
-SEARCH_VERSION = FUSE_VERSION = MERGE_VERSION = 1
+SEARCH_VERSION = FUSE_VERSION = 1
+MERGE_VERSION = 2  # parity in float32
 PARITY_PROMPTS = 3
 
 
@@ -219,7 +220,7 @@ def fuse_step(
     return Adapter.load(step.directory / "adapter"), step
 
 
-def merge_step(prepared: Prepared, fused: Adapter, base: Base, cache: StepCache, reporter: Reporter) -> Step:
+def merge_step(prepared: Prepared, fused: Adapter, cache: StepCache, reporter: Reporter) -> Step:
     """The merged model, checked against base + adapter (the parity law)."""
     dtype = prepared.recipe.deliver.dtype
     digest = merge_digest(prepared, fused)
@@ -227,15 +228,13 @@ def merge_step(prepared: Prepared, fused: Adapter, base: Base, cache: StepCache,
     def make(work: Path) -> dict[str, Any]:
         out = work / "model"
         report = merge(prepared.directory, fused, out, dtype=dtype, reporter=reporter)
-        with reporter.task("parity", None, "prompt"):
-            merged = load_base(out, device=str(base.device), dtype=str(base.dtype).removeprefix("torch."))
-            bank = mounted(base, {"fused": fused})
-            try:
-                found = parity(bank, {"fused": 1.0}, merged.model, _prompts(prepared))
-            finally:
-                bank.unmount()
-        exact = report.dtype == "float32" and str(base.dtype) == "torch.float32"
-        if exact and not found.holds:
+        prompts = _prompts(prepared)
+        with reporter.task("check the merged model", len(prompts), "prompt") as task:
+            found = merged_parity(
+                prepared.directory, out, {"fused": fused}, {"fused": 1.0}, prompts, prepared.recipe.device
+            )
+            task.advance(len(prompts))
+        if report.dtype == "float32" and not found.holds:
             raise TrainingError(
                 f"the merged model does not answer as base + adapter do: {found.ratio:.1%} of the adapter's effect on "
                 "the logits differs (5 % is allowed). The merge is not kept"

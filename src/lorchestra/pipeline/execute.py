@@ -114,7 +114,7 @@ class _Run:
         self._note("fuse", "fuse", fuse)
         merge = None
         if self.recipe.deliver.merged:
-            merge = merge_step(prepared, fused, self.base, self.cache, self.reporter)
+            merge = merge_step(prepared, fused, self.cache, self.reporter)
             self._note("merge", "merge", merge)
             self.reporter.say(
                 f"merged in {merge.info['dtype']}: ‖ΔW‖/‖W‖ {merge.info['update_ratio']:.2%}, rounding lost "

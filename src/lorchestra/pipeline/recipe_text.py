@@ -171,8 +171,9 @@ def _value(text: str, override: str) -> Any:
 
 def _plain_values(node: Any, path: Location, name: str, places: dict[Location, str]) -> Any:
     if isinstance(node, dict):
+        own = node.lc.data or {}  # keys merged in by << have no line of their own
         for key in node:
-            places[(*path, key)] = f"{name}:{node.lc.key(key)[0] + 1}"
+            places[(*path, key)] = f"{name}:{(node.lc.key(key)[0] if key in own else node.lc.line) + 1}"
         return {key: _plain_values(value, (*path, key), name, places) for key, value in node.items()}
     if isinstance(node, list):
         for i in range(len(node)):

@@ -83,6 +83,8 @@ class Loop:
             num_training_steps=plan.steps,
         )
         _, self.optimizer, self.scheduler = self.accelerator.prepare(member, optimizer, scheduler)
+        # Of this process, validation apart: what "tokens/s" shows.
+        self._trained, self._training = 0, 0.0
 
     def run(self) -> Progress:
         """Train to the end from the newest checkpoint; the member is left with the best validated factors.
@@ -117,6 +119,8 @@ class Loop:
         """One optimiser step, with its validation and checkpoint where they are due."""
         started = time.perf_counter()
         row = self._step(progress.step)
+        self._trained += row["tokens"]
+        self._training += time.perf_counter() - started
         progress.step += 1
         progress.tokens += row["tokens"]
         every = self.settings.eval_every or self.plan.steps_per_epoch
@@ -124,13 +128,12 @@ class Loop:
         validated = last or progress.step % every == 0
         if validated:
             self._validate(progress)
-        elapsed = time.perf_counter() - started
-        progress.seconds += elapsed
+        progress.seconds += time.perf_counter() - started
         progress.history.append(row)
         self.reporter.event("train_step", stage=self.name, **row)
         if self.settings.report_to:
             self.accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=progress.step)
-        task.advance(1, loss=row["loss"], tokens_per_s=row["tokens"] / elapsed)
+        task.advance(1, loss=row["loss"], tokens_per_s=self._trained / self._training)
         if validated or progress.step % self.settings.checkpoint_every == 0:
             self.checkpoints.save(self.accelerator, progress)
             if progress.best_step is not None:
