@@ -147,6 +147,22 @@ class BarReporter:
         self.console.print(text, markup=False, soft_wrap=True)
 
 
+class _WithoutLines:
+    """Tasks of another reporter, without its single lines."""
+
+    def __init__(self, reporter: LineReporter | BarReporter) -> None:
+        self.task = reporter.task
+        self.event = reporter.event
+
+    def say(self, text: str) -> None:
+        return None
+
+
+def without_lines(reporter: LineReporter | BarReporter) -> _WithoutLines:
+    """``reporter`` for a verb that prints its findings itself, in the end."""
+    return _WithoutLines(reporter)
+
+
 def make_reporter() -> LineReporter | BarReporter:
     """Bars if standard error is a terminal, lines otherwise."""
     return BarReporter() if sys.stderr.isatty() else LineReporter()

@@ -1,0 +1,212 @@
+"""A result, a plan and a check on the terminal. Standard output; plain text where it is no terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from lorchestra.cli.progress import duration
+
+if TYPE_CHECKING:
+    from lorchestra.data.check import Check, StageCheck
+    from lorchestra.pipeline.execute import RunResult
+    from lorchestra.pipeline.plan import Plan, PlannedStep
+
+WIDE = 200  # columns of a pipe or file
+MOST = 600  # characters shown of a stretch of an example
+METRICS = {
+    "nll": "loss",
+    "accuracy": "accuracy",
+    "preference_accuracy": "preferred",
+    "loss_ratio": "loss / base",
+}
+STATES = {"cached": "green", "here": "green", "begun": "cyan", "to fetch": "yellow"}
+
+
+def console() -> Console:
+    """Standard output: the terminal's width, or wide lines without colour."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=WIDE, color_system=None)
+
+
+def show_result(result: RunResult) -> None:
+    """The verdict, models × domains, where things are, and how to talk to the result."""
+    out = console()
+    data = json.loads((result.directory / "report.json").read_text(encoding="utf-8"))
+    out.print()
+    if result.verdict:
+        out.print(Text(result.verdict, style="bold"))
+    for note in (data.get("verdict") or {}).get("notes", []):
+        out.print(Text(f"  {note}", style="dim"))
+    evaluation = data.get("evaluation")
+    if evaluation:
+        out.print()
+        out.print(_scores(evaluation))
+    out.print()
+    places = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, path in (("adapter", result.adapter), ("model", result.merged), ("report", result.report)):
+        if path is not None:
+            places.add_row(name, escape(_short(path)))
+    places.add_row("talk to it", f"lorchestra chat {escape(_short(result.merged or result.adapter))}")
+    out.print(places)
+
+
+def _scores(evaluation: Mapping[str, Any]) -> Table:
+    """Models down, domains across; 95 % intervals are in the report."""
+    cells: dict[tuple[str, str], dict[str, float]] = {}
+    for row in evaluation["rows"]:
+        if row["metric"] in METRICS:
+            cells.setdefault((row["domain"], row["metric"]), {})[row["model"]] = row["estimate"]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("sealed test")
+    for domain, metric in cells:
+        table.add_column(f"{escape(domain)}\n{METRICS[metric]}", justify="right")
+    best = {
+        key: (min if key[1] in ("nll", "loss_ratio") else max)(values.values(), default=None)
+        for key, values in cells.items()
+    }
+    for model in evaluation["models"]:
+        shown = []
+        for key, values in cells.items():
+            value = values.get(model)
+            text = "–" if value is None else f"{value:.3f}"
+            shown.append(f"[bold]{text}[/]" if value is not None and value == best[key] else text)
+        table.add_row(escape(model), *shown, style="green" if model == "delivered" else None)
+    return table
+
+
+def _short(path: Path) -> str:
+    """Relative to the working directory where that is shorter."""
+    relative = os.path.relpath(path)
+    return relative if not relative.startswith("..") else str(path)
+
+
+def show_plan(plan: Plan) -> None:
+    """The steps in order, and what they will cost."""
+    out = console()
+    size = f", {plan.parameters:,} parameters" if plan.parameters else ""
+    out.print(f"[bold]{plan.recipe}[/] on {escape(plan.base)}{size}, {plan.dtype} on {plan.device}")
+    out.print()
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name, justify in (
+        ("step", "left"), ("after", "left"), ("state", "left"), ("examples", "right"), ("steps", "right"),
+        ("trainable", "right"), ("scale", "right"), ("to learn", "right"), ("time", "right"), ("memory", "right"),
+    ):  # fmt: skip
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]  # rich's literal
+    for step in plan.steps:
+        table.add_row(*_cells(step))
+    out.print(table)
+    out.print()
+    for step in plan.steps:
+        if step.note and step.state != "cached":
+            out.print(Text(f"{step.name}: {step.note}"))
+    if plan.seconds is not None and not all(step.finished for step in plan.steps):
+        needs = f", at most about {_bytes(plan.memory)} of memory" if plan.memory else ""
+        left = f"about {duration(plan.seconds)}" if plan.seconds >= 1 else "less than a second"
+        out.print(f"[bold]{left} to go{needs}[/]")
+    for note in plan.notes:
+        out.print(Text(note, style="dim"))
+
+
+def _cells(step: PlannedStep) -> list[str]:
+    outlook = step.outlook
+    state = f"[{STATES[step.state]}]{step.state}[/]" if step.state in STATES else step.state
+    after = escape(", ".join(name for name in step.needs if not name.startswith("data:")))
+    cells = [escape(step.name), after, state]
+    if outlook is None:
+        cells += [""] * 5
+    else:
+        scale = f"{outlook.scale:.3g} (r {outlook.rank}, {outlook.scaling})"
+        cells += [
+            _count(outlook.examples.get("train")), _count(outlook.steps), _count(outlook.trainable), scale,
+            f"{outlook.supervised:,} tokens" if outlook.supervised is not None else "",
+        ]  # fmt: skip
+    return [*cells, _time(step), _bytes(step.memory) if step.memory else ""]
+
+
+def _count(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _time(step: PlannedStep) -> str:
+    if step.state == "cached":
+        return step.note or "–"
+    if step.seconds is None:
+        return ""
+    if step.kind == "data":
+        return duration(step.seconds)  # just measured
+    return f"~ {duration(step.seconds)}" if step.seconds >= 0.5 else "< 1 s"
+
+
+def _bytes(value: float | None) -> str:
+    return "" if value is None else f"{value / 1e9:.1f} GB"
+
+
+def show_check(check: Check) -> None:
+    """Stage by stage: numbers, rendered examples with the supervised part marked, warnings."""
+    out = console()
+    for stage in check.stages:
+        _show_stage(out, stage)
+    if check.warnings:
+        out.print("[bold yellow]warnings[/]")
+        for warning in check.warnings:
+            out.print(Text(f"  {warning}"))
+    else:
+        out.print("[green]nothing to warn of[/]")
+
+
+def _show_stage(out: Console, stage: StageCheck) -> None:
+    out.print(f"[bold]{escape(stage.name)}[/] ({stage.task})")
+    for source in stage.sources:
+        out.print(Text("\n".join(f"  {line.strip()}" for line in source.splitlines())))
+    table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
+    for name in ("", "train", "validation", "test"):
+        table.add_column(name, justify="left" if not name else "right")
+    parts = ("train", "validation", "test")
+    for label, counts in (("examples", stage.counts), ("groups", stage.groups), ("tokens to learn", stage.supervised)):
+        table.add_row(label, *(f"{counts[part]:,}" for part in parts))
+    out.print(table)
+    lengths = stage.lengths
+    out.print(
+        f"  tokens an example: mean {lengths['mean']:.0f}, median {lengths['p50']:.0f}, 90 % {lengths['p90']:.0f}, "
+        f"99 % {lengths['p99']:.0f}, most {lengths['max']:.0f}; cut to max_length: {stage.truncated} examples, "
+        f"{stage.cut_answers} answers"
+    )
+    out.print(
+        f"  repeated and left out: {stage.duplicates}; nearly repeated: {stage.near_duplicates}; held out but alike in "
+        f"another part: {stage.leakage} ({stage.leakage_exact} with the same prompt)"
+    )
+    out.print(Text(f"  an answer ends with {stage.end_of_turn}"))
+    how = "in colour" if out.is_terminal else "in ⟦ ⟧"
+    for number, (text, spans) in enumerate(stage.examples, start=1):
+        out.print(f"  [dim]example {number}, what is learned {how}:[/]")
+        out.print(_example(text, spans, colour=out.is_terminal))
+    out.print()
+
+
+def _example(text: str, spans: tuple[tuple[int, int], ...], colour: bool) -> Text:
+    shown, at = Text(), 0
+    for start, end in (*spans, (len(text), len(text))):
+        shown.append(_clean(text[at:start]), style="dim" if colour else "")
+        if end > start:
+            marked = _clean(text[start:end])
+            shown.append(marked if colour else f"⟦{marked}⟧", style="bold green" if colour else "")
+        at = end
+    indented = Text("\n").join(Text("    ").append_text(line) for line in shown.split("\n", allow_blank=True))
+    indented.no_wrap = False
+    return indented
+
+
+def _clean(text: str) -> str:
+    """Shortened, and without what could steer a terminal."""
+    if len(text) > MOST:
+        text = f"{text[: MOST // 2]} […] {text[-MOST // 2 :]}"
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

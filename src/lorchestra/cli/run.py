@@ -1,0 +1,136 @@
+"""``lorchestra run``, ``plan`` and ``check``: what is done with a recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorchestra.cli.options import Json
+
+if TYPE_CHECKING:
+    from lorchestra.pipeline.execute import RunResult
+    from lorchestra.pipeline.recipe import Recipe
+
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A recipe, in YAML; `lorchestra init` writes one.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the recipe, as in stages.0.epochs=1 or stages.clinic.lora.rank=4. Repeat for more.",
+    ),
+]
+
+
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", metavar="DIR", help="Where results go.  [default: runs/NAME]")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="If the directory is in use, wait for it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Carry out a recipe: train its stages, fuse them, deliver a model and a verdict.
+
+    Finished steps are kept and reused. Stopped at any moment, the same command goes on from there.
+
+    **Examples**
+
+    `lorchestra run recipe.yaml`
+
+    `lorchestra run recipe.yaml --set stages.0.epochs=1 --set fusion.weights=equal --run-dir runs/quick`
+    """
+    loaded = _load(recipe, overrides)
+    from lorchestra.cli.progress import make_reporter
+
+    reporter = make_reporter()
+    reporter.say(f"{loaded.name}: {len(loaded.stages)} stage(s) on {loaded.base}")
+    from lorchestra.pipeline.execute import run as execute
+
+    try:
+        result = execute(loaded, directory=run_dir, reporter=reporter, wait=wait)
+    except KeyboardInterrupt:
+        reporter.say("interrupted; what is finished is kept, and the same command goes on from here")
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps(_plain(result), indent=2, ensure_ascii=False))
+        return
+    from lorchestra.cli.recipe_view import show_result
+
+    show_result(result)
+
+
+def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Show what `run` would do: the steps, what is cached, time, memory, trainable parameters.
+
+    Nothing is fetched and nothing is trained. Times and memory are estimates.
+
+    **Examples**
+
+    `lorchestra plan recipe.yaml`
+
+    `lorchestra plan recipe.yaml --set lora.rank=16 --json`
+    """
+    loaded = _load(recipe, overrides)
+    from lorchestra.pipeline.plan import plan as look_ahead
+
+    found = look_ahead(loaded)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+        return
+    from lorchestra.cli.recipe_view import show_plan
+
+    show_plan(found)
+
+
+def check(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Look at the data as training will see it: counts, tokens, truncation, leakage, rendered examples.
+
+    Sources are fetched if they are not here; no model weights are loaded.
+
+    **Examples**
+
+    `lorchestra check recipe.yaml`
+
+    `lorchestra check recipe.yaml --set max_length=1024 --json`
+    """
+    loaded = _load(recipe, overrides)
+    from lorchestra.cli.progress import make_reporter, without_lines
+    from lorchestra.pipeline.prepare import prepare
+
+    prepared = prepare(loaded, without_lines(make_reporter()))
+    if as_json:
+        found = {"recipe": loaded.name, "stages": prepared.check.as_dict(), "warnings": prepared.check.warnings}
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    from lorchestra.cli.recipe_view import show_check
+
+    show_check(prepared.check)
+
+
+def _load(path: Path, overrides: list[str] | None) -> Recipe:
+    """The recipe, and whether what it names is there, before the slow imports."""
+    from lorchestra.pipeline.recipe import Recipe
+
+    loaded = Recipe.load(path, overrides or ())
+    loaded.check_sources()
+    return loaded
+
+
+def _plain(result: RunResult) -> dict[str, Any]:
+    return {
+        "directory": os.fspath(result.directory),
+        "adapter": os.fspath(result.adapter),
+        "merged": os.fspath(result.merged) if result.merged else None,
+        "report": os.fspath(result.report),
+        "weights": dict(result.weights),
+        "verdict": result.verdict,
+        "digests": dict(result.digests),
+    }

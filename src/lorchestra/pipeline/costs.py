@@ -1,0 +1,250 @@
+"""What the steps of one recipe will roughly cost, from its rendered data and the shape of its base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lorchestra.data.render import Rendered
+from lorchestra.fusion.search import weights_key
+from lorchestra.objective.batch import length
+from lorchestra.pipeline.choosing import domains_of
+from lorchestra.pipeline.estimate import (
+    DISK,
+    PASS,
+    POSITIONS,
+    RUNTIME,
+    SCORING,
+    TRAINING,
+    Machine,
+    Shape,
+    scoring_memory,
+    training_memory,
+)
+from lorchestra.pipeline.prepare import Prepared
+from lorchestra.pipeline.recipe import Recipe, Stage
+from lorchestra.train.context import final_weights
+from lorchestra.train.lora import target_paths
+from lorchestra.train.schedule import BatchPlan
+from lorchestra.train.settings import LoraSettings, TrainSettings
+from lorchestra.train.stage import StageInputs
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a stage is about to do; ``None`` where it depends on what is not here yet.
+
+    Args:
+        task: ``sft`` or ``dpo``.
+        examples: part → count.
+        steps: optimiser updates.
+        trainable: numbers in the new adapter, exactly.
+        rank: of the new adapter.
+        scaling: how its scale is made.
+        scale: s of ΔW = s·B·A.
+        supervised: tokens of the training part that the loss counts.
+        tokens: tokens that all its steps process together, without validation.
+    """
+
+    task: str
+    examples: Mapping[str, int]
+    steps: int | None
+    trainable: int | None
+    rank: int
+    scaling: str
+    scale: float
+    supervised: int | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Estimated seconds and bytes at the peak."""
+
+    seconds: float
+    memory: float
+
+
+def outlook_of(recipe: Recipe, stage: Stage, model: Any | None, examples: Mapping[str, int]) -> Outlook:
+    """What can be said of a stage without its rendered data.
+
+    Args:
+        recipe: of the stage.
+        stage: to look at.
+        model: of its base, with or without weights, if that is here.
+        examples: part → count; empty if the data is not here.
+    """
+    lora, train = recipe.lora_of(stage), recipe.train_of(stage)
+    steps = train.max_steps
+    if "train" in examples:
+        steps = BatchPlan([0] * examples["train"], train, recipe.seeds.data, fixed=True).steps
+    numbers = None if model is None else trainable(model, lora)
+    return Outlook(stage.task, examples, steps, numbers, lora.rank, lora.scaling, lora.scale)
+
+
+def trainable(model: Any, lora: LoraSettings) -> int:
+    """Numbers in a new adapter, exactly: Σ r·(m + n)."""
+    return sum(lora.rank * (m + n) for m, n in target_paths(model, lora.target_modules).values())
+
+
+class Costs:
+    """Estimates for a recipe whose base and data are here.
+
+    Args:
+        prepared: the recipe with its data.
+        model: the base, with or without weights.
+        shape: of ``model``.
+        machine: measured rates.
+    """
+
+    def __init__(self, prepared: Prepared, model: Any, shape: Shape, machine: Machine) -> None:
+        self.prepared, self.recipe = prepared, prepared.recipe
+        self.model, self.shape, self.machine = model, shape, machine
+
+    def stage(self, stage: Stage) -> tuple[Outlook, Cost]:
+        """Of one stage of the recipe."""
+        rendered = self.prepared.data[stage.name].rendered
+        return self._training(
+            stage.task, self.recipe.lora_of(stage), self.recipe.train_of(stage),
+            rendered["train"], rendered["validation"], self._numbers(stage.context),
+        )  # fmt: skip
+
+    def mixed(self, inputs: StageInputs) -> tuple[Outlook, Cost]:
+        """Of the baseline trained on everything mixed."""
+        return self._training("sft", inputs.lora, inputs.train, inputs.items, inputs.validation, 0)
+
+    def search(self) -> Cost:
+        """Of the candidates on λ-validation."""
+        fusion = self.recipe.fusion
+        count = max(fusion.candidates, len(self._fixed_points()))
+        seconds, supervised = self._scoring("validation", fusion.validation_limit)
+        return Cost(count * seconds, scoring_memory(self.shape, self._numbers(self.recipe.members), supervised))
+
+    def fuse(self) -> Cost:
+        """Of the fused adapter: read, multiplied, written."""
+        numbers = self._numbers(self.recipe.members)
+        return Cost(12 * numbers / DISK, RUNTIME + 12 * numbers)
+
+    def merge(self) -> Cost:
+        """Of the merged model: written, hashed, and loaded beside the base for the parity check."""
+        out = self.shape.parameters * _BYTES.get(self.recipe.deliver.dtype, self.shape.element)
+        memory = scoring_memory(self.shape, self._numbers(self.recipe.members), supervised=256, models=2)
+        return Cost((self.shape.bytes + 3 * out) / DISK, memory)
+
+    def evaluate(self) -> Cost:
+        """Of every model on the sealed test, and of the answers before and after."""
+        evaluate = self.recipe.evaluate
+        seconds, supervised = self._scoring("test", evaluate.test_limit)
+        seconds *= len(self._rivals()) + 1
+        if evaluate.samples:  # a token is made as fast as the weights can be read
+            token = 2 * self.shape.bytes / self.machine.bandwidth + self.shape.modules * PASS
+            seconds += 2 * evaluate.sample_tokens * token
+        copies = 2 if self.recipe.deliver.merged else 1
+        return Cost(seconds, scoring_memory(self.shape, self._numbers(self.recipe.members), supervised, copies))
+
+    def basis(self) -> str:
+        """How the estimates are made, in a sentence or two."""
+        return (
+            f"Times and memory are estimates, rough to a factor of two: {self.machine.flops / 1e9:,.0f} GFLOP/s of "
+            f"matrix products were measured here just now ({self.machine.device}, {self.machine.dtype}), of which "
+            f"training is taken to reach {TRAINING:.0%} and scoring {SCORING:.0%}; 4 FLOP a parameter and token to "
+            "train (the base is frozen), 2 to score."
+        )
+
+    def _training(
+        self,
+        task: Literal["sft", "dpo"],
+        lora: LoraSettings,
+        train: TrainSettings,
+        items: Sequence[Rendered],
+        validation: Sequence[Rendered],
+        context: int,
+    ) -> tuple[Outlook, Cost]:
+        shape = self.shape
+        lengths = [length(item) for item in items]
+        plan = BatchPlan(lengths, train, self.recipe.seeds.data, fixed=True)
+        epochs = plan.steps / plan.steps_per_epoch
+        mean = sum(lengths) / max(len(lengths), 1)
+        tokens, supervised = sum(lengths), sum(item.supervised for item in items)
+        numbers = trainable(self.model, lora)
+        flop = shape.training(
+            epochs * tokens, epochs * supervised, mean, numbers + context, train.gradient_checkpointing
+        )
+        seconds = flop / (TRAINING * self.machine.flops)
+
+        held = validation[: train.eval_limit]
+        times = 1 + math.ceil(plan.steps / (train.eval_every or plan.steps_per_epoch))
+        passes = times * math.ceil(sum(map(length, held)) / POSITIONS)
+        scored = shape.forward(sum(map(length, held)), sum(item.supervised for item in held), mean) * times
+        if task == "dpo":  # the reference is scored once
+            scored += scored / times + shape.forward(tokens, supervised, mean)
+            passes += plan.micro_batches
+        seconds += scored / (SCORING * self.machine.flops)
+        seconds += (3 * plan.steps * train.gradient_accumulation + passes) * shape.modules * PASS
+        seconds += 3 * shape.bytes / DISK  # the base is read once, and hashed before and after
+
+        share = supervised / max(tokens, 1)
+        positions = max(lengths, default=0) * train.batch_size
+        memory = max(
+            training_memory(shape, numbers, context, positions, share * positions, train.gradient_checkpointing),
+            scoring_memory(shape, 4 * numbers + context, share * POSITIONS),
+        )
+        outlook = Outlook(
+            task=task,
+            examples={"train": len(items), "validation": len(validation)},
+            steps=plan.steps,
+            trainable=numbers,
+            rank=lora.rank,
+            scaling=lora.scaling,
+            scale=lora.scale,
+            supervised=supervised,
+            tokens=round(epochs * tokens),
+        )
+        return outlook, Cost(seconds, memory)
+
+    def _numbers(self, names: Sequence[str] | Mapping[str, Any]) -> int:
+        """Numbers of the adapters ``names`` together, trained or not."""
+        brought = self.prepared.adapters
+        return sum(
+            brought[name].parameters
+            if name in brought
+            else trainable(self.model, self.recipe.lora_of(self.recipe.stage(name)))
+            for name in names
+        )
+
+    def _scoring(self, part: Literal["validation", "test"], limit: int | None) -> tuple[float, float]:
+        """Seconds of scoring ``part`` on one model, and the supervised tokens of a full batch."""
+        verdict = part == "test"  # the search sees the stages' own domains alone, and no choices
+        stages = {stage.name for stage in self.recipe.stages}
+        domains = domains_of(self.prepared, part, limit, choices=verdict)
+        items = [item for name, found in domains.items() if verdict or name in stages for item in found.items]
+        tokens, supervised = sum(map(length, items)), sum(item.supervised for item in items)
+        flop = self.shape.forward(tokens, supervised, tokens / max(len(items), 1))
+        passes = len(domains) + tokens // POSITIONS
+        seconds = flop / (SCORING * self.machine.flops) + passes * self.shape.modules * PASS
+        return seconds, supervised / max(tokens, 1) * POSITIONS
+
+    def _fixed_points(self) -> set[str]:
+        """The candidates that are always tried: stacks, singles, uniform, base."""
+        members = self.recipe.members
+        points: list[dict[str, float]] = [{}, dict.fromkeys(members, 1 / len(members))]
+        points += [{name: 1.0} for name in members]
+        points += [self._stack(stage, members) for stage in self.recipe.stages if stage.name in members]
+        return {weights_key(point) for point in points}
+
+    def _rivals(self) -> set[str]:
+        """Models that are scored beside the delivered one."""
+        names = list(dict.fromkeys([*(stage.name for stage in self.recipe.stages), *self.recipe.members]))
+        points: list[dict[str, float]] = [{}, *({name: 1.0} for name in names)]
+        points.append(self._stack(self.recipe.stages[-1], names))
+        points.append(dict.fromkeys(self.recipe.members, 1 / len(self.recipe.members)))
+        keys = {weights_key(point) for point in points}
+        return keys | {"mixed"} if self.recipe.evaluate.mixed_baseline else keys
+
+    def _stack(self, stage: Stage, members: Sequence[str]) -> dict[str, float]:
+        final = {name: weight for name, weight in final_weights(stage.context).items() if weight and name in members}
+        return {**final, stage.name: 1.0}

@@ -1,0 +1,341 @@
+"""What a run would do: its steps in order, what is there already, and what the rest will roughly cost.
+
+Nothing is fetched and no weights are loaded. The digests come from the functions that the run itself uses, so a step
+called *cached* is one that the run reuses.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+from lorchestra.adapter.adapter import Adapter
+from lorchestra.base.home import home
+from lorchestra.base.load import choose_device, choose_dtype, prepare_base
+from lorchestra.base.locate import NotHereError, locate
+from lorchestra.data.load import load_examples
+from lorchestra.data.split import split
+from lorchestra.events import SILENT
+from lorchestra.pipeline.cache import SCRATCH, Step, StepCache
+from lorchestra.pipeline.choosing import concluded, fuse_digest, merge_digest, search_inputs, settled
+from lorchestra.pipeline.costs import Cost, Costs, Outlook, outlook_of
+from lorchestra.pipeline.estimate import Machine, Shape, empty_model, measure, shape_of
+from lorchestra.pipeline.judging import evaluate_inputs
+from lorchestra.pipeline.prepare import Prepared, prepare, split_spec
+from lorchestra.pipeline.recipe import Recipe, Stage, expand
+from lorchestra.pipeline.training import Trained, context_of, load_trained, mixed_inputs, stage_digest, stage_inputs
+from lorchestra.train.stage import StageInputs
+
+State = Literal["here", "to fetch", "each run", "cached", "begun", "to do"]
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One node of the plan.
+
+    Args:
+        name: of the step; of a stage's data, ``data:<stage>``.
+        kind: ``source``, ``data``, ``stage``, ``search``, ``fuse``, ``merge`` or ``evaluate``.
+        needs: names of the steps it waits for.
+        state: ``here`` or ``to fetch`` (a source), ``each run`` (reading the data), ``cached``, ``begun`` (goes on
+            from a checkpoint) or ``to do``.
+        note: what is to be fetched, or how far a begun step is.
+        digest: of the step; empty where it depends on an unfinished one.
+        outlook: of a stage.
+        seconds: still to spend, estimated; of a cached stage 0; ``None`` if it cannot be said.
+        memory: bytes at its peak, estimated.
+    """
+
+    name: str
+    kind: str
+    needs: tuple[str, ...]
+    state: State
+    note: str = ""
+    digest: str = ""
+    outlook: Outlook | None = None
+    seconds: float | None = None
+    memory: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Nothing is left to do but to read it."""
+        return self.state in ("here", "each run", "cached")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole of it.
+
+    Args:
+        recipe: its name.
+        base: as written in the recipe.
+        parameters: of the base; ``None`` until it is here.
+        device: where the steps will run.
+        dtype: of the base there.
+        steps: in the order of execution.
+        machine: measured rates; ``None`` if there was nothing to estimate.
+        seconds: Σ over the steps, estimated; ``None`` while something is to be fetched.
+        memory: the largest of the steps'.
+        notes: how the estimates were made, and what should be looked at.
+    """
+
+    recipe: str
+    base: str
+    parameters: int | None
+    device: str
+    dtype: str
+    steps: tuple[PlannedStep, ...]
+    machine: Machine | None
+    seconds: float | None
+    memory: float | None
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+    def step(self, name: str) -> PlannedStep:
+        """The step called ``name``."""
+        return next(step for step in self.steps if step.name == name)
+
+
+def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
+    """Look ahead.
+
+    Args:
+        recipe: see :meth:`Recipe.load`.
+        machine: rates to estimate with; measured here, in a third of a second, by default.
+
+    Raises:
+        UserError: what :func:`prepare` would refuse, as far as it is here.
+    """
+    recipe.check_sources()
+    return _Planner(recipe, machine).go()
+
+
+class _Planner:
+    """Walks through the run without doing it."""
+
+    def __init__(self, recipe: Recipe, machine: Machine | None) -> None:
+        self.recipe = recipe
+        self.machine = machine
+        self.device = choose_device(recipe.device)
+        self.dtype = choose_dtype(self.device, recipe.dtype)
+        self.cache = StepCache(home() / "steps")
+        self.steps: list[PlannedStep] = []
+        self.ratios: list[float] = []  # of finished stages: seconds they took / estimated
+        self.model: Any = None
+        self.shape: Shape | None = None
+        self.prepared: Prepared | None = None
+        self.costs: Costs | None = None
+
+    def go(self) -> Plan:
+        """All steps, then the sums."""
+        directory = self._sources()
+        if directory is not None:
+            self.model = empty_model(directory)
+            self.shape = shape_of(self.model, self.dtype.itemsize)
+        self._data()
+        adapters = self._stages()
+        self._after(adapters)
+        return self._plan()
+
+    def _sources(self) -> Path | None:
+        """A step for everything that is read from outside; the directory of the base, if it is here."""
+        where, directory = self.recipe.directory, None
+        try:
+            directory = prepare_base(expand(self.recipe.base), relative_to=where, fetch=False)
+            self._add(PlannedStep("base", "source", (), "here"))
+        except NotHereError as error:
+            self._add(PlannedStep("base", "source", (), "to fetch", note=str(error)))
+        wanted = [(f"data:{stage.name}", [e.source for e in stage.data], "dataset") for stage in self.recipe.stages]
+        extra = self.recipe.evaluate.domains
+        wanted += [(f"data:{name}", [e.source for e in entries], "dataset") for name, entries in extra.items()]
+        wanted += [(f"adapter:{name}", [text], "model") for name, text in self.recipe.adapters.items()]
+        for name, texts, kind in wanted:
+            missing = [text for text in texts if not _is_here(text, where, kind)]
+            note = f"{', '.join(map(repr, missing))} has not been fetched yet" if missing else ""
+            self._add(PlannedStep(name, "source", (), "to fetch" if missing else "here", note=note))
+        return directory
+
+    def _data(self) -> None:
+        """The step that reads, splits, renders and checks; it is done here and now if everything is here."""
+        needs = tuple(step.name for step in self.steps)
+        if any(step.state == "to fetch" for step in self.steps):
+            self._add(PlannedStep("data", "data", needs, "each run"))
+            return
+        started = time.perf_counter()
+        self.prepared = prepare(self.recipe, SILENT, fetch=False)
+        self._add(PlannedStep("data", "data", needs, "each run", seconds=time.perf_counter() - started))
+        assert self.shape is not None  # the base is one of the sources
+        self.machine = self.machine or measure(self.device, self.dtype, self.shape)
+        self.costs = Costs(self.prepared, self.model, self.shape, self.machine)
+
+    def _stages(self) -> dict[str, Adapter]:
+        """Steps of the stages and of the mixed baseline; the adapters that are there."""
+        prepared, costs = self.prepared, self.costs
+        adapters = dict(prepared.adapters) if prepared else {}
+        tokens = 0
+        for stage in self.recipe.stages:
+            needs = ("data", *(name for name in stage.context if name not in self.recipe.adapters))
+            if prepared is None or costs is None:
+                outlook = outlook_of(self.recipe, stage, self.model, self._counts(stage))
+                self._add(PlannedStep(stage.name, "stage", needs, "to do", outlook=outlook))
+                continue
+            outlook, cost = costs.stage(stage)
+            inputs = None
+            if stage.context.keys() <= adapters.keys():
+                inputs = stage_inputs(prepared, stage, context_of(self.recipe, stage, adapters))
+            trained = self._training(prepared, stage.name, needs, inputs, outlook, cost)
+            if trained is not None:
+                adapters[stage.name] = trained.adapter
+            tokens += int(trained.training["tokens"]) if trained else outlook.tokens or 0
+        if self.recipe.evaluate.mixed_baseline:
+            names = [stage.name for stage in self.recipe.stages]
+            needs = ("data", *names)
+            if prepared is None or costs is None:
+                self._add(PlannedStep("mixed", "stage", needs, "to do"))
+                return adapters
+            inputs = mixed_inputs(prepared, tokens)
+            outlook, cost = costs.mixed(inputs)
+            done = all(name in adapters for name in names)
+            trained = self._training(prepared, "mixed", needs, inputs if done else None, outlook, cost)
+            if trained is not None:
+                adapters["mixed"] = trained.adapter
+        return adapters
+
+    def _training(
+        self,
+        prepared: Prepared,
+        name: str,
+        needs: tuple[str, ...],
+        inputs: StageInputs | None,
+        outlook: Outlook,
+        cost: Cost,
+    ) -> Trained | None:
+        """Add a training step; what it made, if it is finished. ``inputs`` is ``None`` if a stage before it is not."""
+        planned = PlannedStep(name, "stage", needs, "to do", "", "", outlook, cost.seconds, cost.memory)
+        if inputs is None:
+            self._add(planned)
+            return None
+        digest = stage_digest(prepared, inputs, self.device.type, str(self.dtype))
+        planned = replace(planned, digest=digest)
+        step = self.cache.lookup("stage", digest)
+        if step is not None:
+            trained = load_trained(step)
+            took = float(trained.training["seconds"])
+            self.ratios.append(took / cost.seconds)
+            self._add(replace(planned, state="cached", note=f"took {took:.0f} s", seconds=0.0))
+            return trained
+        work = self.cache.path("stage", digest)
+        checkpoints = sorted((work.with_name(work.name + ".work") / SCRATCH).glob("step-*/progress.json"))
+        if checkpoints and outlook.steps:
+            done = int(json.loads(checkpoints[-1].read_text(encoding="utf-8"))["step"])
+            note = f"goes on after step {done} of {outlook.steps}"
+            left = cost.seconds * (1 - done / outlook.steps)
+            planned = replace(planned, state="begun", note=note, seconds=left)
+        self._add(planned)
+        return None
+
+    def _after(self, adapters: Mapping[str, Adapter]) -> None:
+        """Search, fusion, merge and verdict."""
+        recipe, prepared, costs, dtype = self.recipe, self.prepared, self.costs, str(self.dtype)
+        inside = tuple(name for name in recipe.members if name not in recipe.adapters)
+        members = {name: adapters[name] for name in recipe.members if name in adapters}
+        whole = len(members) == len(recipe.members)
+        chosen = settled(recipe, members) if prepared and whole else None
+        if recipe.fusion.weights == "search":
+            inputs = search_inputs(prepared, members, dtype) if prepared and whole else None
+            digest = inputs.digest if inputs else ""
+            step = self._look("search", ("data", *inside), digest, costs.search() if costs else None)
+            if step is not None and inputs is not None:
+                chosen = concluded(members, inputs, step)
+            inside = (*inside, "search")
+        digest = fuse_digest(prepared, members, chosen.weights) if prepared and chosen else ""
+        step = self._look("fuse", inside or ("data",), digest, costs.fuse() if costs else None)
+        fused = Adapter.load(step.directory / "adapter") if step is not None else None
+        if recipe.deliver.merged:
+            digest = merge_digest(prepared, fused) if prepared and fused else ""
+            self._look("merge", ("base", "fuse"), digest, costs.merge() if costs else None)
+        if recipe.split.test == 0 and not (prepared and any(d.splits.test for d in prepared.data.values())):
+            return
+        stages = [step.name for step in self.steps if step.kind == "stage"]
+        digest = ""
+        if prepared and fused and {*recipe.adapters, *stages} <= adapters.keys():
+            judged = evaluate_inputs(prepared, adapters, members, fused, dtype)
+            digest = judged.digest if judged else ""
+        last = "merge" if recipe.deliver.merged else "fuse"
+        self._look("evaluate", ("data", *stages, last), digest, costs.evaluate() if costs else None)
+
+    def _look(self, kind: str, needs: tuple[str, ...], digest: str, cost: Cost | None) -> Step | None:
+        """Add a step that is looked up by its digest, where that is known already."""
+        step = self.cache.lookup(kind, digest) if digest else None
+        planned = PlannedStep(kind, kind, needs, "cached" if step else "to do", digest=digest)
+        if cost is not None:
+            planned = replace(planned, seconds=0.0 if step else cost.seconds, memory=cost.memory)
+        self._add(planned)
+        return step
+
+    def _counts(self, stage: Stage) -> dict[str, int]:
+        """Examples by part of a stage whose data is here although something else is not; else empty."""
+        try:
+            loaded = [
+                load_examples(entry.spec(), stage.task, relative_to=self.recipe.directory, fetch=False)
+                for entry in stage.data
+            ]
+        except NotHereError:
+            return {}
+        parts = split([example for found in loaded for example in found.examples], split_spec(self.recipe)).parts()
+        return {part: len(examples) for part, examples in parts}
+
+    def _add(self, step: PlannedStep) -> None:
+        self.steps.append(step)
+
+    def _plan(self) -> Plan:
+        ratio = median(self.ratios) if self.ratios else 1.0
+        steps = [
+            replace(step, seconds=step.seconds * ratio) if step.kind == "stage" and step.seconds else step
+            for step in self.steps
+        ]
+        memory = max((step.memory for step in steps if step.memory and step.state != "cached"), default=None)
+        return Plan(
+            recipe=self.recipe.name,
+            base=self.recipe.base,
+            parameters=self.shape.parameters if self.shape else None,
+            device=str(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            steps=tuple(steps),
+            machine=self.machine if self.costs else None,
+            seconds=sum(step.seconds or 0.0 for step in steps) if self.costs else None,
+            memory=memory,
+            notes=tuple(self._notes(memory, ratio)),
+        )
+
+    def _notes(self, memory: float | None, ratio: float) -> list[str]:
+        if self.costs is None or self.machine is None:
+            return ["Something is to be fetched first; `lorchestra check` fetches it and looks at the data."]
+        if all(step.finished for step in self.steps):
+            return ["Every step is cached: a run only writes its report."]
+        notes = [self.costs.basis()]
+        if self.ratios:
+            count = f"{len(self.ratios)} finished stage{'s' if len(self.ratios) > 1 else ''}"
+            notes.append(f"Stages' times are multiplied by {ratio:.2g}, by what {count} of this recipe took.")
+        if memory and self.machine.memory and memory > 0.9 * self.machine.memory:
+            notes.append(
+                f"About {memory / 1e9:.1f} GB may be needed, and {self.device} has {self.machine.memory / 1e9:.1f} GB: "
+                "lower train.batch_size or max_length, or set train.gradient_checkpointing: true."
+            )
+        return notes
+
+
+def _is_here(text: str, where: Path, kind: Any) -> bool:
+    try:
+        locate(expand(text), relative_to=where, repo_type=kind, fetch=False)
+    except NotHereError:
+        return False
+    return True
