@@ -45,7 +45,7 @@ def logits(model, ids):
 IDS = torch.randint(4, 260, (3, 7), generator=torch.Generator().manual_seed(0))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     ranks=st.lists(st.integers(1, 6), min_size=2, max_size=3),
     rows=st.lists(st.lists(st.floats(-1.5, 1.5), min_size=3, max_size=3), min_size=3, max_size=3),
@@ -66,6 +66,61 @@ def test_rows_equal_merged_weights(ranks, rows):
     for b, weights in enumerate(coefficients):
         expected = logits(merged(model, adapters, weights), IDS[b : b + 1])
         torch.testing.assert_close(found[b : b + 1], expected, rtol=1e-3, atol=1e-3)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    m=st.integers(1, 7),
+    n=st.integers(1, 7),
+    ranks=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    rows=st.integers(1, 5),
+    data=st.data(),
+)
+def test_rows_and_their_gradients_on_one_module(m, n, ranks, rows, data):
+    """Outputs and ∂/∂c against dense float64: y_b = x_b (W + Σ c ΔW)ᵀ, ∂⟨G, y⟩/∂c = ⟨G_b, x_b ΔWᵢᵀ⟩."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    linear = torch.nn.Sequential(torch.nn.Linear(n, m, bias=False)).double()
+    linear[0].weight.data = draw(m, n)
+    bank = Bank(linear)
+    names = [f"a{i}" for i in range(len(ranks))]
+    dense = {}
+    for name, rank in zip(names, ranks, strict=True):
+        update = LowRank(draw(m, rank), draw(rank, n))
+        dense[name] = update.dense()
+        bank.load(name, Adapter({"0": update}))
+    x, G = draw(rows, 3, n), draw(rows, 3, m)
+    # The bank's coefficients are float32.
+    c = [[draw(1).float()[0].requires_grad_() for _ in names] for _ in range(rows)]
+    with bank.using_rows([dict(zip(names, row, strict=True)) for row in c]):
+        found = linear(x)
+    for b in range(rows):
+        W = linear[0].weight.detach() + sum(
+            w.detach().double() * dense[name] for name, w in zip(names, c[b], strict=True)
+        )
+        torch.testing.assert_close(found[b].detach(), x[b] @ W.T, rtol=1e-9, atol=1e-9)
+    (G * found).sum().backward()
+    for b in range(rows):
+        for name, weight in zip(names, c[b], strict=True):
+            expected = float((G[b] * (x[b] @ dense[name].T)).sum())
+            size = float(G[b].norm() * x[b].norm() * dense[name].norm())
+            assert float(weight.grad) == pytest.approx(expected, rel=1e-5, abs=1e-5 * size)
+
+
+def test_a_row_of_zeros_is_the_base_beside_rows_that_are_not(tiny_model):
+    base = logits(tiny_model, IDS)
+    bank = Bank(tiny_model)
+    bank.load("a", random_adapter(tiny_model, 3, 1))
+    bank.load("b", random_adapter(tiny_model, 5, 2, only=("v_proj", "up_proj")))
+    for nothing in ({}, {"a": 0.0, "b": 0.0}):
+        with bank.using_rows([{"a": 1.0}, nothing, {"b": -0.5}]):
+            found = logits(tiny_model, IDS)
+        assert torch.equal(found[1], base[1])
+        assert not torch.isclose(found[0], base[0]).all()
+        assert not torch.isclose(found[2], base[2]).all()
 
 
 def test_shared_coefficients_equal_merged_weights(tiny_model):
