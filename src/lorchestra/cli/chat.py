@@ -22,7 +22,9 @@ HELP = "/weights NAME=WEIGHT … changes the mixture, /reset forgets the convers
 
 
 def chat(
-    base: Annotated[str, typer.Argument(help="Model directory, org/name, GGUF file, or an adapter directory.")],
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="Model directory, org/name, GGUF file, or an adapter directory.")
+    ],
     adapter: Adapters = None,
     system: Annotated[str, typer.Option("--system", help="A system prompt.")] = "",
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Answer this and exit. '-' reads standard input.")] = "",

@@ -27,7 +27,9 @@ NAMES = {
 
 
 def evaluate(
-    base: Annotated[str, typer.Argument(help="Model directory, org/name, GGUF file, or an adapter directory.")],
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="Model directory, org/name, GGUF file, or an adapter directory.")
+    ],
     data: Annotated[str, typer.Option("--data", metavar="DATA", help="Files, hf: or pip: sources, with commas.")],
     adapter: Adapters = None,
     task: Annotated[str, typer.Option("--task", help="sft, dpo, or auto: dpo for preference pairs.")] = "auto",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    adapter: Annotated[str, typer.Argument(help="A PEFT adapter directory, or hf:org/name.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A PEFT adapter directory, or hf:org/name.")],
     sigma: Annotated[float, typer.Option(min=0, help="σ that an untrained A is judged against (σ/√r).")] = 0.02,
     as_json: Json = False,
 ) -> None:

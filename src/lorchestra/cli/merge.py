@@ -64,7 +64,7 @@ def merge_lora(
 
 
 def merge(
-    base: Annotated[str, typer.Argument(help="Model directory, org/name, GGUF file or pip: source.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Model directory, org/name, GGUF file or pip: source.")],
     adapter: Annotated[list[str], typer.Argument(metavar="ADAPTER[=WEIGHT]…", help="Adapters and weights (1).")],
     output_dir: Out,
     dtype: DtypeOut = "auto",
