@@ -111,7 +111,10 @@ def pip_environment(monkeypatch):
 
 
 LOCATE = """
-import json, sys
+import json, os, sys
+if limit := int(os.environ.get("TEST_FILE_SIZE", 0)):  # root may write anywhere, but not beyond this
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 from lorchestra.base.locate import locate
 from lorchestra.errors import LorchestraError
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 import threading
@@ -225,6 +226,17 @@ def test_a_killed_download_goes_on(index, locating, located, tmp_path):
     assert "path" in found
     assert index.gets(index.path) == ["", f"bytes={start}-"]
     assert found["tasks"][0]["done"] == found["tasks"][0]["total"] == index.made.stat().st_size
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit on file sizes")
+def test_a_disk_that_takes_no_more(index, located, tmp_path):
+    found = located("pip:some-data==1.0", TEST_FILE_SIZE="1000000")
+    assert (found["error"], found["code"]) == ("StorageError", 1)
+    assert "cannot write the cache for 'pip:some-data==1.0'" in found["text"]
+    assert "Free some space, or set LORCHESTRA_HOME" in found["text"]
+    assert not (tmp_path / "home" / "sources" / "some-data-1.0").exists()
+    assert "path" in located("pip:some-data==1.0"), "with space it goes on"
+    assert index.gets(index.path)[1].startswith("bytes="), "from where it stopped"
 
 
 def test_what_another_file_has_become_is_not_joined(index, located, tmp_path):

@@ -134,7 +134,7 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=kind, use_safetensors=True, trust_remote_code=allow_remote_code
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # a foreign directory: the Rust tokenizers raise bare Exceptions, transformers anything
         raise SourceError(f"{directory} cannot be loaded as a causal language model: {error}") from error
     model.to(where).eval().requires_grad_(False)
     if model.get_output_embeddings() is None:
@@ -187,7 +187,7 @@ def _convert(gguf: Path, out: Path, digest: str) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a foreign file: struct.error, IndexError and whatever its reader meets first
         raise SourceError(
             f"{gguf.name} cannot be read: {error}. transformers reads GGUF of the common architectures; otherwise "
             "use the model's original Hugging Face directory"
