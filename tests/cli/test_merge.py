@@ -61,7 +61,7 @@ def test_the_merged_model_is_the_dense_sum(lorchestra, tiny_dir, three, spelling
 def test_bfloat16_is_rounded_once_and_says_what_it_lost(lorchestra, tiny_dir, three):
     small = lorchestra("merge", tiny_dir, "a=0.001", "-o", "small", "--dtype", "bfloat16")
     assert small.code == 0, small.err
-    assert "--dtype float32 keeps it" in small.out
+    assert "--dtype float32 keeps all of it" in small.out
     told = lorchestra("merge", tiny_dir, "a", "b", "-o", "merged", "--dtype", "bfloat16", "--json")
     summary = json.loads(told.out)
     merged = AutoModelForCausalLM.from_pretrained("merged", dtype="auto").requires_grad_(False)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # The parity law is checked on these, in both of the world's most written languages.
 PROBES = ("What should a patient with a fever do first?", "患者发热三天,伴咳嗽,下一步如何处理?", "1 + 1 =")
-# Above this share of the update lost in rounding, float32 output is worth its size.
+# Where rounding moves the weights by more than this share of the update, float32 output is worth its size.
 MUCH_LOST = 0.1
 # A sum below this share of its largest member is rounding error.
 NOTHING = 1e-6
@@ -171,11 +171,11 @@ def _lines(told: Mapping[str, Any]) -> list[str]:
     mixture = " + ".join(f"{weight:g}·{name}" for name, weight in told["weights"].items())
     out = [
         f"{told['output_dir']}: {told['base']} + {mixture}, in {told['dtype']}",
-        f"‖ΔW‖/‖W‖ {told['update_ratio']:.3%} over {told['modules']} modules; rounding to {told['dtype']} lost "
-        f"{told['rounding_lost']:.2%} of the update",
+        f"‖ΔW‖/‖W‖ {told['update_ratio']:.3%} over {told['modules']} modules; rounding to {told['dtype']} moves them "
+        f"by {told['rounding_lost']:.2%} of ‖ΔW‖",
         f"parity: {told['parity']:.2%} of the adapters' effect on the logits differs (5 % allowed in float32)",
     ]
     if told["rounding_lost"] > MUCH_LOST and told["dtype"] != "float32":
-        out.append("Much of the update was lost in rounding: --dtype float32 keeps it")
+        out.append("Rounding is large beside the update: --dtype float32 keeps all of it")
     out.append(f"Next: {shlex.join(['lorchestra', 'chat', told['output_dir']])}")
     return out
