@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lorchestra.adapter import directory
 from lorchestra.adapter.directory import whole_directory
 from lorchestra.errors import StorageError
 
@@ -38,8 +39,8 @@ def fill(target, replaces=None, error=None, more=lambda partial: None):
             raise error
 
 
-def everything(directory):
-    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*"))
+def everything(place):
+    return sorted(path.relative_to(place).as_posix() for path in place.rglob("*"))
 
 
 def test_it_appears_when_the_block_ends(tmp_path):
@@ -91,6 +92,15 @@ def test_a_link_is_followed(tmp_path):
         (partial / "a").write_text("1")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real" / "a").read_text() == "1"
+
+
+def test_what_was_there_comes_back_when_the_new_one_cannot_take_its_name(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "a").write_text("old")
+    with pytest.raises(FileNotFoundError):
+        directory._swap(tmp_path / "vanished", target)
+    assert everything(tmp_path) == ["out", "out/a"]
 
 
 def test_a_killed_process_leaves_nothing_under_the_name(tmp_path):
