@@ -16,7 +16,7 @@ import torch
 from tests.cli.conftest import dense_logits
 
 from lorchestra.adapter.adapter import Adapter
-from lorchestra.cli.finetune import KEYS
+from lorchestra.cli.training_flags import KEYS
 from lorchestra.train.settings import LoraSettings, TrainSettings
 
 ROWS = 24

@@ -7,10 +7,11 @@ import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from lorchestra.cli import training_flags as flags
 from lorchestra.cli.options import (
     Device,
     Dtype,
@@ -29,145 +30,44 @@ if TYPE_CHECKING:
     from lorchestra.pipeline.recipe import Recipe
     from lorchestra.pipeline.single import Tuned
 
-_LORA, _TRAINING, _DATA, _CONTEXT, _RUN = "Adapter", "Training", "Data", "Context", "Run"
-
-
-def _flag(panel: str | None, name: str, value: str | None, help: str, *, short: str = "", **more: Any) -> Any:
-    """``--name VALUE`` in a panel of the help. ``value`` ``None``: a switch."""
-    names = (f"--{name}", short) if short else (f"--{name}",)
-    return typer.Option(*names, metavar=value, help=help, rich_help_panel=panel, **more)
-
-
-Model = Annotated[str, _flag(None, "model_name_or_path", "BASE", "A directory, org/name, GGUF file or pip: source.")]
-Dataset = Annotated[list[str], _flag(None, "dataset", "DATA", "Files, hf: or pip: sources, with commas.")]
-OutputDir = Annotated[Path, _flag(None, "output_dir", "DIR", "Where the adapter goes.", short="-o")]
-
-PeftType = Annotated[str, _flag(_LORA, "peft_type", "TYPE", "Only lora.")]
-Rank = Annotated[int, _flag(_LORA, "lora_rank", "N", "r.")]
-Alpha = Annotated[float, _flag(_LORA, "lora_alpha", "X", "α.")]
-Dropout = Annotated[float, _flag(_LORA, "lora_dropout", "X", "Of the inputs of A.")]
-Targets = Annotated[str, _flag(_LORA, "target_modules", "NAMES", "all-linear, or names with commas.")]
-Scaling = Annotated[str, _flag(_LORA, "scaling", "NAME", "lora (α/r), rslora (α/√r) or constant (α).")]
-Init = Annotated[str, _flag(_LORA, "init_method", "NAME", "Of A: kaiming, gaussian, rescaled (σ/√r) or orthogonal.")]
-Sigma = Annotated[float, _flag(_LORA, "sigma", "X", "σ of the rescaled initialisation.")]
-
-Epochs = Annotated[float, _flag(_TRAINING, "num_train_epochs", "X", "Times through the examples.")]
-MaxSteps = Annotated[int | None, _flag(_TRAINING, "max_steps", "N", "Optimiser steps, instead of epochs.")]
-Rate = Annotated[float, _flag(_TRAINING, "learning_rate", "X", "Highest, after the warm-up.")]
-Batch = Annotated[int, _flag(_TRAINING, "per_device_train_batch_size", "N", "Examples a micro-batch.")]
-Accumulation = Annotated[int, _flag(_TRAINING, "gradient_accumulation_steps", "N", "Micro-batches a step.")]
-Schedule = Annotated[str, _flag(_TRAINING, "lr_scheduler_type", "NAME", "cosine, linear, constant, …")]
-Warmup = Annotated[float, _flag(_TRAINING, "warmup_ratio", "X", "Share of the steps.")]
-Decay = Annotated[float, _flag(_TRAINING, "weight_decay", "X", "Of AdamW.")]
-Clip = Annotated[float, _flag(_TRAINING, "max_grad_norm", "X", "0: no clipping.")]
-EvalSteps = Annotated[
-    int | None, _flag(_TRAINING, "eval_steps", "N", "Validate every N steps.", show_default="once an epoch")
-]
-Patience = Annotated[
-    int, _flag(_TRAINING, "early_stopping_patience", "N", "Stop after N validations without a better one.")
-]
-Recompute = Annotated[bool, _flag(_TRAINING, "gradient_checkpointing", None, "Less memory, more time.")]
-Seed = Annotated[int, _flag(_TRAINING, "seed", "N", "Of the initialisation.")]
-DataSeed = Annotated[int | None, _flag(_TRAINING, "data_seed", "N", "Of order and split.", show_default="--seed")]
-Beta = Annotated[float, _flag(_TRAINING, "beta", "X", "β.")]
-Loss = Annotated[str, _flag(_TRAINING, "loss_type", "NAME", "sigmoid or ipo.")]
-Smoothing = Annotated[
-    float, _flag(_TRAINING, "label_smoothing", "X", "Share of pairs taken to be the wrong way round.")
-]
-
-ValRatio = Annotated[
-    float | None,
-    _flag(_DATA, "val_ratio", "X", "Share held back to keep the best.", min=0, max=0.9, show_default="0.1"),
-]
-MaxLength = Annotated[int, _flag(_DATA, "max_length", "N", "Tokens an example; longer ones are cut.")]
-MaxSamples = Annotated[int | None, _flag(_DATA, "max_samples", "N", "Examples of each data set.", min=1)]
-System = Annotated[str | None, _flag(_DATA, "system", "TEXT", "System prompt where an example has none.")]
-
-Reference = Annotated[
-    list[str] | None,
-    _flag(_CONTEXT, "ref_adapter_path", "DIR[=WEIGHT]", "Adapter that policy and reference stand on, frozen."),
-]
-Beside = Annotated[
-    list[str] | None,
-    _flag(_CONTEXT, "adapter", "DIR[=WEIGHT]", "Earlier adapter, active and frozen. Repeat.", short="-a"),
-]
-
-ReportTo = Annotated[str, _flag(_RUN, "report_to", "NAMES", "none, tensorboard, wandb, mlflow, with commas.")]
-LogDir = Annotated[Path | None, _flag(_RUN, "logging_dir", "DIR", "Of the trackers.", show_default="runs/NAME")]
-SaveSteps = Annotated[int, _flag(_RUN, "save_steps", "N", "Checkpoint every N steps.")]
-
-# Flag → key of the recipe that says the same; a problem with the key is told with the flag's name.
-KEYS = {
-    "model_name_or_path": ("base",),
-    "lora_rank": ("lora", "rank"),
-    "lora_alpha": ("lora", "alpha"),
-    "lora_dropout": ("lora", "dropout"),
-    "target_modules": ("lora", "target_modules"),
-    "scaling": ("lora", "scaling"),
-    "init_method": ("lora", "init"),
-    "sigma": ("lora", "sigma"),
-    "num_train_epochs": ("train", "epochs"),
-    "max_steps": ("train", "max_steps"),
-    "learning_rate": ("train", "learning_rate"),
-    "per_device_train_batch_size": ("train", "batch_size"),
-    "gradient_accumulation_steps": ("train", "gradient_accumulation"),
-    "lr_scheduler_type": ("train", "scheduler"),
-    "warmup_ratio": ("train", "warmup_ratio"),
-    "weight_decay": ("train", "weight_decay"),
-    "max_grad_norm": ("train", "max_grad_norm"),
-    "eval_steps": ("train", "eval_every"),
-    "early_stopping_patience": ("train", "patience"),
-    "gradient_checkpointing": ("train", "gradient_checkpointing"),
-    "save_steps": ("train", "checkpoint_every"),
-    "report_to": ("train", "report_to"),
-    "beta": ("stages", 0, "beta"),
-    "loss_type": ("stages", 0, "loss"),
-    "label_smoothing": ("stages", 0, "label_smoothing"),
-    "seed": ("seeds", "init"),
-    "data_seed": ("seeds", "data"),
-    "max_length": ("max_length",),
-    "dtype": ("dtype",),
-    "device": ("device",),
-}
-
 
 def ft(
     context: typer.Context,
-    model_name_or_path: Model,
-    dataset: Dataset,
-    output_dir: OutputDir,
-    peft_type: PeftType = "lora",
-    lora_rank: Rank = 8,
-    lora_alpha: Alpha = 16.0,
-    lora_dropout: Dropout = 0.0,
-    target_modules: Targets = "all-linear",
-    scaling: Scaling = "rslora",
-    init_method: Init = "kaiming",
-    sigma: Sigma = 0.02,
-    num_train_epochs: Epochs = 3.0,
-    max_steps: MaxSteps = None,
-    learning_rate: Rate = 2e-4,
-    per_device_train_batch_size: Batch = 8,
-    gradient_accumulation_steps: Accumulation = 1,
-    lr_scheduler_type: Schedule = "cosine",
-    warmup_ratio: Warmup = 0.05,
-    weight_decay: Decay = 0.0,
-    max_grad_norm: Clip = 1.0,
-    eval_steps: EvalSteps = None,
-    early_stopping_patience: Patience = 2,
-    gradient_checkpointing: Recompute = False,
-    seed: Seed = 0,
-    data_seed: DataSeed = None,
-    val_ratio: ValRatio = None,
-    max_length: MaxLength = 1024,
-    max_samples: MaxSamples = None,
-    system: System = None,
+    model_name_or_path: flags.Model,
+    dataset: flags.Dataset,
+    output_dir: flags.OutputDir,
+    peft_type: flags.PeftType = "lora",
+    lora_rank: flags.Rank = 8,
+    lora_alpha: flags.Alpha = 16.0,
+    lora_dropout: flags.Dropout = 0.0,
+    target_modules: flags.Targets = "all-linear",
+    scaling: flags.Scaling = "rslora",
+    init_method: flags.Init = "kaiming",
+    sigma: flags.Sigma = 0.02,
+    num_train_epochs: flags.Epochs = 3.0,
+    max_steps: flags.MaxSteps = None,
+    learning_rate: flags.Rate = 2e-4,
+    per_device_train_batch_size: flags.Batch = 8,
+    gradient_accumulation_steps: flags.Accumulation = 1,
+    lr_scheduler_type: flags.Schedule = "cosine",
+    warmup_ratio: flags.Warmup = 0.05,
+    weight_decay: flags.Decay = 0.0,
+    max_grad_norm: flags.Clip = 1.0,
+    eval_steps: flags.EvalSteps = None,
+    early_stopping_patience: flags.Patience = 2,
+    gradient_checkpointing: flags.Recompute = False,
+    seed: flags.Seed = 0,
+    data_seed: flags.DataSeed = None,
+    val_ratio: flags.ValRatio = None,
+    max_length: flags.MaxLength = 1024,
+    max_samples: flags.MaxSamples = None,
+    system: flags.System = None,
     format: Format = "auto",
     field: Field = None,
-    adapter: Beside = None,
-    report_to: ReportTo = "none",
-    logging_dir: LogDir = None,
-    save_steps: SaveSteps = 20,
+    adapter: flags.Beside = None,
+    report_to: flags.ReportTo = "none",
+    logging_dir: flags.LogDir = None,
+    save_steps: flags.SaveSteps = 20,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -188,45 +88,45 @@ def ft(
 
 def dpo(
     context: typer.Context,
-    model_name_or_path: Model,
-    dataset: Dataset,
-    output_dir: OutputDir,
-    ref_adapter_path: Reference = None,
-    adapter: Beside = None,
-    beta: Beta = 0.1,
-    loss_type: Loss = "sigmoid",
-    label_smoothing: Smoothing = 0.0,
-    peft_type: PeftType = "lora",
-    lora_rank: Rank = 8,
-    lora_alpha: Alpha = 16.0,
-    lora_dropout: Dropout = 0.0,
-    target_modules: Targets = "all-linear",
-    scaling: Scaling = "rslora",
-    init_method: Init = "kaiming",
-    sigma: Sigma = 0.02,
-    num_train_epochs: Epochs = 3.0,
-    max_steps: MaxSteps = None,
-    learning_rate: Rate = 5e-5,
-    per_device_train_batch_size: Batch = 8,
-    gradient_accumulation_steps: Accumulation = 1,
-    lr_scheduler_type: Schedule = "cosine",
-    warmup_ratio: Warmup = 0.05,
-    weight_decay: Decay = 0.0,
-    max_grad_norm: Clip = 1.0,
-    eval_steps: EvalSteps = None,
-    early_stopping_patience: Patience = 2,
-    gradient_checkpointing: Recompute = False,
-    seed: Seed = 0,
-    data_seed: DataSeed = None,
-    val_ratio: ValRatio = None,
-    max_length: MaxLength = 1024,
-    max_samples: MaxSamples = None,
-    system: System = None,
+    model_name_or_path: flags.Model,
+    dataset: flags.Dataset,
+    output_dir: flags.OutputDir,
+    ref_adapter_path: flags.Reference = None,
+    adapter: flags.Beside = None,
+    beta: flags.Beta = 0.1,
+    loss_type: flags.Loss = "sigmoid",
+    label_smoothing: flags.Smoothing = 0.0,
+    peft_type: flags.PeftType = "lora",
+    lora_rank: flags.Rank = 8,
+    lora_alpha: flags.Alpha = 16.0,
+    lora_dropout: flags.Dropout = 0.0,
+    target_modules: flags.Targets = "all-linear",
+    scaling: flags.Scaling = "rslora",
+    init_method: flags.Init = "kaiming",
+    sigma: flags.Sigma = 0.02,
+    num_train_epochs: flags.Epochs = 3.0,
+    max_steps: flags.MaxSteps = None,
+    learning_rate: flags.Rate = 5e-5,
+    per_device_train_batch_size: flags.Batch = 8,
+    gradient_accumulation_steps: flags.Accumulation = 1,
+    lr_scheduler_type: flags.Schedule = "cosine",
+    warmup_ratio: flags.Warmup = 0.05,
+    weight_decay: flags.Decay = 0.0,
+    max_grad_norm: flags.Clip = 1.0,
+    eval_steps: flags.EvalSteps = None,
+    early_stopping_patience: flags.Patience = 2,
+    gradient_checkpointing: flags.Recompute = False,
+    seed: flags.Seed = 0,
+    data_seed: flags.DataSeed = None,
+    val_ratio: flags.ValRatio = None,
+    max_length: flags.MaxLength = 1024,
+    max_samples: flags.MaxSamples = None,
+    system: flags.System = None,
     format: Format = "auto",
     field: Field = None,
-    report_to: ReportTo = "none",
-    logging_dir: LogDir = None,
-    save_steps: SaveSteps = 20,
+    report_to: flags.ReportTo = "none",
+    logging_dir: flags.LogDir = None,
+    save_steps: flags.SaveSteps = 20,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -308,7 +208,7 @@ def _recipe(task: str, asked: Mapping[str, Any], beside: list[Weighted]) -> Reci
     }
     if wanted["target_modules"] in ([], ["all"], ["all-linear"]):
         wanted["target_modules"] = "all-linear"
-    for flag, path in KEYS.items():
+    for flag, path in flags.KEYS.items():
         if wanted.get(flag) is None:
             continue
         here: Any = values
@@ -323,7 +223,7 @@ def _recipe(task: str, asked: Mapping[str, Any], beside: list[Weighted]) -> Reci
 
 def _in_flags(message: str) -> str:
     """A recipe's problems, told with the names of the flags."""
-    for flag, path in KEYS.items():
+    for flag, path in flags.KEYS.items():
         key = ".".join(map(str, path))
         message = re.sub(rf"^recipe: {re.escape(key)}(\.\S+)?: ", f"--{flag}: ", message, flags=re.MULTILINE)
     return message
