@@ -34,8 +34,7 @@ _FULL = {
     errno.EFBIG: "a file is larger than allowed here (ulimit -f, or the file system's limit)",
 }
 _CLOSED = {errno.EACCES: "no permission", errno.EROFS: "the file system is read-only", errno.EPERM: "not permitted"}
-# Writers in Rust and C++ raise their own errors: safetensors names the number, torch.save gives none.
-_FOREIGN = re.compile(r"\(os error (?P<number>\d+)\)|PytorchStreamWriter failed|unexpected pos \d+ vs \d+")
+_FOREIGN = re.compile(r"\(os error (\d+)\)")  # how Rust writers (safetensors) tell the number
 
 
 def step_digest(kind: str, version: int, settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
@@ -67,7 +66,7 @@ def storage(where: Path) -> Iterator[None]:
     """Turn a full or closed disk into one clear error.
 
     Raises:
-        StorageError: instead of the error of the operating system, safetensors or torch.
+        StorageError: instead of the error of the operating system or of safetensors.
     """
     try:
         yield
@@ -91,9 +90,7 @@ def _error_number(error: Exception) -> int:
     if isinstance(error, OSError):
         return error.errno or 0
     found = _FOREIGN.search(str(error))
-    if found is None:
-        return 0
-    return int(found["number"]) if found["number"] else errno.ENOSPC
+    return int(found[1]) if found else 0
 
 
 class StepCache:
@@ -112,7 +109,7 @@ class StepCache:
         marker = directory / MARKER
         if not marker.exists():
             return None
-        note = json.loads(marker.read_text(encoding="utf-8"))
+        note = _note(directory)
         if note["digest"] != digest:
             raise StorageError(f"{directory} holds another step ({note['digest'][:24]}…); delete it and run again")
         return Step(directory, note["info"], digest, cached=True)
@@ -153,28 +150,38 @@ class StepCache:
                     (work / SCRATCH).mkdir(parents=True, exist_ok=True)
                     _clear(work)
                     info = dict(make(work))
-                    made = {name: sha for name, sha in outputs(work).items() if not name.startswith(f"{SCRATCH}/")}
-                    write_json(work / MARKER, {"kind": kind, "digest": digest, "outputs": made, "info": info})
+                    note = {"kind": kind, "digest": digest, "outputs": outputs(work), "info": info}
+                    write_json(work / MARKER, note)
                 shutil.rmtree(work / SCRATCH, ignore_errors=True)
                 shutil.rmtree(final, ignore_errors=True)  # a directory without its marker is nobody's
                 os.replace(work, final)
                 _sync(final.parent)
-        info = json.loads((final / MARKER).read_text(encoding="utf-8"))["info"]
-        return Step(final, info, digest, cached=False)
+        return Step(final, _note(final)["info"], digest, cached=False)
 
     def verify(self, step: Step) -> None:
-        """Recompute the digests of the step's files.
+        """Recompute the digests of the step's files; a run does so for every step that it reuses.
 
         Raises:
             StorageError: a file is missing or was changed.
         """
-        note = json.loads((step.directory / MARKER).read_text(encoding="utf-8"))
         found = outputs(step.directory)
-        for name, digest in note["outputs"].items():
+        for name, digest in _note(step.directory)["outputs"].items():
             if found.get(name) != digest:
                 raise StorageError(
                     f"{step.directory / name} is missing or was changed; delete {step.directory}, run again"
                 )
+
+
+def _note(directory: Path) -> dict[str, Any]:
+    """What a finished step noted of itself."""
+    marker = directory / MARKER
+    try:
+        note: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
+        if not {"digest", "outputs", "info"} <= set(note):
+            raise ValueError("it lacks an entry")
+    except (ValueError, TypeError) as error:
+        raise StorageError(f"{marker} is damaged ({error}); delete {directory}, run again") from error
+    return note
 
 
 def _clear(work: Path) -> None:
@@ -185,11 +192,14 @@ def _clear(work: Path) -> None:
 
 
 def outputs(directory: Path) -> dict[str, str]:
-    """Relative path → SHA-256 of every file under ``directory``."""
+    """Relative path → SHA-256 of every file under ``directory``, made durable; ``scratch/`` is no output."""
     found = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        name = path.relative_to(directory)
+        if name.parts[0] == SCRATCH:
+            continue
         with path.open("rb") as stream:
-            found[path.relative_to(directory).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+            found[name.as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
             os.fsync(stream.fileno())
     return found
 

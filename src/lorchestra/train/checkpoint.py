@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorchestra.bank import TrainableMember
+from lorchestra.errors import StorageError
 
 
 @dataclass
@@ -38,11 +39,21 @@ class Checkpoints:
         directory.mkdir(parents=True, exist_ok=True)
 
     def save(self, accelerator: Any, progress: Progress) -> None:
-        """Write member, optimiser, schedule and random states; older checkpoints go once the new one stands."""
+        """Write member, optimiser, schedule and random states; older checkpoints go once the new one stands.
+
+        Raises:
+            StorageError: torch could not write a file (it does not say why). Other writers raise ``OSError``.
+        """
         final = self.directory / f"step-{progress.step:08d}"
         partial = self.directory / f"{final.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        accelerator.save_state(str(partial / "state"))
+        try:
+            accelerator.save_state(str(partial / "state"))
+        except RuntimeError as error:
+            raise StorageError(
+                f"checkpoint {final} could not be written ({error}); most likely the disk is full. Free some space and "
+                "run again; finished steps and the checkpoint before this one are kept"
+            ) from error
         (partial / "progress.json").write_text(json.dumps(asdict(progress)))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
