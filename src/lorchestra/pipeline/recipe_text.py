@@ -170,14 +170,15 @@ def _value(text: str, override: str) -> Any:
 
 
 def _plain_values(node: Any, path: Location, name: str, places: dict[Location, str]) -> Any:
+    mark: Any = getattr(node, "lc", None)  # ruamel's line and column of a mapping's keys, a list's items
     if isinstance(node, dict):
-        own = node.lc.data or {}  # keys merged in by << have no line of their own
+        own = mark.data or {}  # keys merged in by << have no line of their own
         for key in node:
-            places[(*path, key)] = f"{name}:{(node.lc.key(key)[0] if key in own else node.lc.line) + 1}"
+            places[(*path, key)] = f"{name}:{(mark.key(key)[0] if key in own else mark.line) + 1}"
         return {key: _plain_values(value, (*path, key), name, places) for key, value in node.items()}
     if isinstance(node, list):
         for i in range(len(node)):
-            places[(*path, i)] = f"{name}:{node.lc.item(i)[0] + 1}"
+            places[(*path, i)] = f"{name}:{mark.item(i)[0] + 1}"
         return [_plain_values(value, (*path, i), name, places) for i, value in enumerate(node)]
     if type(node).__name__ in ("TaggedScalar", "CommentedSet"):
         raise RecipeError(f"{places.get(path, name)}: {'.'.join(map(str, path))}: a recipe has no YAML tags (!…)")
