@@ -270,7 +270,13 @@ class TestRefusals:
         with pytest.raises(AdapterError, match=r"shape \(32, 48\); the base's is \(48, 32\)"):
             merge(base, Adapter(adapter.modules, transposed=frozenset(adapter.modules)), tmp_path / "out")
 
-    def test_a_tied_head(self, base, tmp_path):
+    @pytest.mark.parametrize("written_out", [False, True])
+    def test_a_tied_head(self, base, tmp_path, written_out):
+        """Some files hold the tied weight twice; transformers would read it once and drop the change."""
+        if written_out:
+            weights = tensors(base)
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+            save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(AdapterError, match=r"'lm_head', whose weight is the input embedding's too.*untie them"):
             merge(base, adapter_for(make_tiny_model(), only="lm_head"), tmp_path / "out")
 
