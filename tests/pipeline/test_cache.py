@@ -235,7 +235,7 @@ def closed(tmp_path):
     if mounted.returncode:
         pytest.skip("root, and nothing can be mounted here")
     yield place
-    subprocess.run(["umount", place], check=True)
+    subprocess.run(["umount", "-l", place], check=True)
 
 
 class TestClosed:
@@ -269,6 +269,7 @@ class TestPlace:
 
     def test_in_place_of_what_was_there(self, tmp_path):
         source = self.fill(tmp_path / "cache", a=b"1", b=b"2")
+        self.fill(source / "inner" / "most", c=b"3")
         target = self.fill(tmp_path / "final" / "adapter", old=b"0")
         place(source, target)
         assert outputs(target) == outputs(source)

@@ -224,7 +224,13 @@ def place(source: Path, target: Path) -> None:
     partial, old = _hidden(target, "partial"), _hidden(target, "old")
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    shutil.copytree(source, partial, copy_function=_link_or_copy)
+    partial.mkdir()
+    for path in sorted(source.rglob("*")):  # parents come before what is in them
+        copy = partial / path.relative_to(source)
+        if path.is_dir():
+            copy.mkdir()
+        else:
+            _link_or_copy(path, copy)
     if target.exists():
         target.rename(old)
     partial.rename(target)
@@ -244,8 +250,8 @@ def _hidden(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{kind}")
 
 
-def _link_or_copy(source: str, target: str) -> None:
-    if os.stat(source).st_size >= LINKED_FROM:
+def _link_or_copy(source: Path, target: Path) -> None:
+    if source.stat().st_size >= LINKED_FROM:
         try:
             os.link(source, target)
         except OSError:  # another file system, or one without links

@@ -14,7 +14,7 @@ class BatchPlan:
 
     Items of like length share a micro-batch. With ``fixed`` the composition of the micro-batches never changes
     and only their order is shuffled (a cached reference then meets the very same batches every epoch);
-    otherwise each epoch composes them anew.
+    otherwise each epoch composes them anew, if there are more than 16.
 
     Args:
         lengths: positions of each item.
