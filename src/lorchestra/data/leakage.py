@@ -35,11 +35,13 @@ def alike(items: Sequence[tuple[str, str, Example]]) -> dict[str, Alike]:
     ]
     sources = [(stage, example.origin.rpartition(":")[0]) for stage, _, example in items]
     pairs = dict.fromkeys(near_pairs(without_boilerplate([shingles(text) for text in texts], sources)), False)
+    prompts = [content_key(example)[0] for _, _, example in items]
     first: dict[str, dict[str, int]] = {}  # prompt → part → its first example
-    for j, (_, part, example) in enumerate(items):
-        places = first.setdefault(content_key(example)[0], {})
-        pairs |= {(i, j): True for other, i in places.items() if other != part}
-        places.setdefault(part, j)
+    for j, (_, part, _) in enumerate(items):
+        first.setdefault(prompts[j], {}).setdefault(part, j)
+    for j, (_, part, _) in enumerate(items):
+        others = [first[prompts[j]][other] for other in PARTS if other != part and other in first[prompts[j]]]
+        pairs |= {(min(i, j), max(i, j)): True for i in others}
     near: dict[str, set[int]] = {stage: set() for stage, _, _ in items}
     leaks: dict[str, dict[int, str]] = {stage: {} for stage in near}
     exact: dict[str, set[int]] = {stage: set() for stage in near}
