@@ -83,7 +83,7 @@ def _messages(row: Row, columns: Columns) -> Draft:
 
 
 def _prompt_completion(row: Row, columns: Columns) -> Draft:
-    prompt = prompt_turns(row[columns["prompt"]], columns["prompt"])
+    prompt = _asked(row, columns)
     completion = row[columns["completion"]]
     if isinstance(completion, list | tuple):
         return Draft(*_finished((*_system(row, columns), *prompt, *conversation(completion, columns["completion"]))))
@@ -95,6 +95,14 @@ def _instruction(row: Row, columns: Columns, part: str) -> str:
     instruction = text_of(row[columns[part]], columns[part])
     given = text_of(row.get(columns["input"]), columns["input"]) if "input" in columns else ""
     return f"{instruction}\n{given}" if given.strip() else instruction
+
+
+def _asked(row: Row, columns: Columns) -> tuple[Message, ...]:
+    """The prompt column as a conversation, or as one user turn with its input."""
+    value = row.get(columns["prompt"])
+    if isinstance(value, list | tuple):
+        return prompt_turns(value, columns["prompt"])
+    return (Message("user", _instruction(row, columns, "prompt")),)
 
 
 def _alpaca(row: Row, columns: Columns) -> Draft:
@@ -110,14 +118,7 @@ def _alpaca(row: Row, columns: Columns) -> Draft:
 
 
 def _preference(row: Row, columns: Columns) -> Draft:
-    prompt: tuple[Message, ...] = ()
-    if "prompt" in columns:
-        value = row.get(columns["prompt"])
-        prompt = (
-            prompt_turns(value, columns["prompt"])
-            if isinstance(value, list | tuple)
-            else (Message("user", _instruction(row, columns, "prompt")),)
-        )
+    prompt = _asked(row, columns) if "prompt" in columns else ()
     before_chosen, chosen = _answer(row[columns["chosen"]], columns["chosen"], prompt)
     before_rejected, rejected = _answer(row[columns["rejected"]], columns["rejected"], prompt)
     if before_chosen != before_rejected:
@@ -212,12 +213,12 @@ FORMATS: dict[str, Format] = {
         Format(
             "prompt_completion",
             {
-                "prompt": ("prompt", "question", "query", "input", "instruction"),
+                "prompt": (*_QUESTION, "input"),
                 "completion": ("completion", "response", "answer", "output"),
             },
             _prompt_completion,
             "prompt, completion (or question, answer)",
-            _SYSTEM,
+            {"input": ("input",), **_SYSTEM},
         ),
     )
 }

@@ -95,6 +95,6 @@ class FieldMapping:
             return Draft(draft.prompt, draft.gold, choices=options.written)
         return FORMATS[self.kind].convert(values, same)
 
-    def group(self, row: Row) -> str | None:
-        """The group that ``fields.group`` gives, if it is there."""
-        return str(self._read["group"](row)) if "group" in self._read else None
+    def group(self, row: Row) -> Any:
+        """What ``fields.group`` gives; ``None`` without it, or where the row has none."""
+        return self._read["group"](row) if "group" in self._read else None

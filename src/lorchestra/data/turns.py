@@ -116,14 +116,16 @@ class Options:
     """The options of a multiple-choice item.
 
     Args:
-        labels: ``A``, ``B``, …: as given, else by position.
+        labels: ``A``, ``B``, …: as given, else by place.
         bare: the texts without their labels.
         written: the texts as they stood.
+        places: where each stood, from 0; an empty option is left out, and those after it keep their places.
     """
 
     labels: tuple[str, ...]
     bare: tuple[str, ...]
     written: tuple[str, ...]
+    places: tuple[int, ...]
 
 
 def options_of(value: Any, column: str) -> Options:
@@ -140,26 +142,25 @@ def options_of(value: Any, column: str) -> Options:
         labels = tuple(str(label) for label in value.get("label") or ())
         value = value["text"]
     elif isinstance(value, Mapping):
-        filled = {label: text for label, text in value.items() if text is not None}
-        labels, value = tuple(map(str, filled)), list(filled.values())
+        labels, value = tuple(map(str, value)), list(value.values())
     elif isinstance(value, str):
-        value = _json_list(value) or value.splitlines()
+        value = _json_list(value) or [line for line in value.splitlines() if line.strip()]
     if not isinstance(value, list | tuple):
         raise DataError(f"column {column!r}: expected a list of options or one a line, got {shown(value)}")
-    written = tuple(text for text in (text_of(option, column).strip() for option in value) if text)
-    bare = written
+    texts = [text_of(option, column).strip() for option in value]
+    places = tuple(i for i, text in enumerate(texts) if text)
+    written = bare = tuple(texts[i] for i in places)
+    labels = tuple(labels[i] for i in places) if len(labels) == len(texts) else ()
     marks = [mark for mark in map(_LABEL.match, written) if mark]
     found = tuple(mark.group(1) for mark in marks)
-    if len(labels) != len(written) and len(found) == len(written) and len(set(found)) == len(found):
+    if not labels and len(found) == len(written) and len(set(found)) == len(found):
         labels = found
         bare = tuple(text[mark.end() :].strip() for text, mark in zip(written, marks, strict=True))
     if len(bare) < 2:
         raise Unusable("fewer than two options")
     if len(set(bare)) < len(bare) or not all(bare):
         raise Unusable("options that are equal or empty")
-    if len(labels) != len(bare):
-        labels = tuple(chr(ord("A") + i) for i in range(len(bare)))
-    return Options(labels, bare, written)
+    return Options(labels or tuple(chr(ord("A") + i) for i in places), bare, written, places)
 
 
 def _json_list(text: str) -> list[Any] | None:
@@ -186,8 +187,8 @@ def answer_of(value: Any, options: Options, column: str) -> int:
         index = options.labels.index(mark.group(1))
         if text[mark.end() :].strip() in ("", options.bare[index]):
             return index
-    if text.isdecimal() and int(text) < len(options.bare):
-        return int(text)
+    if text.isdecimal() and int(text) in options.places:
+        return options.places.index(int(text))
     raise DataError(
         f"column {column!r}: the answer {shown(value)} is none of the options {shown(list(options.written))}; expected "
         f"the text of one, its label ({', '.join(options.labels)}) or its index from 0"
