@@ -59,7 +59,9 @@ ITEM = st.tuples(
     st.sampled_from(PARTS),
     st.builds(
         # Long prompts and short answers are near-duplicates of one another, long answers are not.
-        example, st.sampled_from([*PROMPTS, f"{PROMPTS[0]} today"]), st.sampled_from(["yes", "no", *map(words, (7, 8))])
+        example,
+        st.sampled_from([*PROMPTS, f"{PROMPTS[0]} today"]),
+        st.sampled_from(["yes", "no", *map(words, (7, 8))]),
     ),
 )
 

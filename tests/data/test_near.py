@@ -83,7 +83,7 @@ def test_scripts_without_spaces_count_by_character_also_beside_latin_words(text:
 
 
 def test_one_changed_character_in_a_mixed_text_leaves_it_alike() -> None:
-    one = "行ct检查示双肺多发斑片状高密度影mri检查未见明显异常予头孢曲松抗感染治疗三天后体温恢复正常血常规复查白细胞下降"
+    one = "行ct检查示双肺多发斑片状高密度影mri检查未见明显异常予头孢治疗三天后体温恢复正常血常规复查白细胞下降"
     assert near_pairs([shingles(one), shingles(one.replace("三", "五"))]) == [(0, 1)]
 
 
