@@ -32,7 +32,7 @@ def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
     run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", metavar="DIR", help="Where results go.  [default: runs/NAME]")
+        Path | None, typer.Option("--run-dir", metavar="DIR", help="Where results go.", show_default="runs/NAME")
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="If the directory is in use, wait for it.")] = False,
     as_json: Json = False,
