@@ -19,7 +19,7 @@ from lorchestra.stats.intervals import (
 )
 
 
-@pytest.mark.parametrize("n", [12, 60])
+@pytest.mark.parametrize("n", [2, 3, 6, 12, 60])
 def test_coverage_of_the_mean(n):
     """Nominal 95 %; 300 simulations have a standard error of 1.3 points."""
     rng = np.random.default_rng(0)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lorchestra.errors import LorchestraError
 from lorchestra.evaluate.score import Scores
 from lorchestra.stats.intervals import (
     RESAMPLES,
@@ -61,7 +62,16 @@ class Difference:
 
 
 def metrics(model: str, domain: str, scores: Scores) -> list[Row]:
-    """Negative log-likelihood per gold token; accuracy where there is a choice, by sum and per token."""
+    """Negative log-likelihood per gold token; accuracy where there is a choice, by sum and per token.
+
+    Raises:
+        LorchestraError: log-probabilities that are not finite.
+    """
+    if broken := sum(not np.isfinite(sums).all() for sums in scores.sums):
+        raise LorchestraError(
+            f"{model!r} gives {broken} of the {len(scores)} items of {domain!r} a log-probability that is not finite; "
+            "compute in float32, or look for a damaged adapter or a weight that is far too large"
+        )
     rows = [Row(model, domain, "nll", ratio_interval(scores.nll, scores.gold_tokens, scores.groups))]
     name = "preference_accuracy" if scores.kind == "dpo" else "accuracy"
     for normalised, suffix in ((False, ""), (True, "_normalised")):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -139,18 +137,9 @@ class Scores:
         theirs = np.array([s[0] - s[1] for s in base.sums])
         return np.logaddexp(0.0, -beta * (ours - theirs)), np.full(len(self), np.log(2.0))
 
-    def save(self, path: Path) -> None:
-        """As JSON."""
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> Scores:
-        """From :meth:`save`."""
-        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-
     @classmethod
     def from_dict(cls, value: Any) -> Scores:
-        """From plain JSON."""
+        """From what ``dataclasses.asdict`` gives, also after a round through JSON."""
         return cls(
             value["kind"],
             tuple(tuple(s) for s in value["sums"]),

@@ -2,7 +2,9 @@
 
 Items of one group (a patient, a question) are not independent, so whole groups are resampled. Intervals are
 bootstrap percentiles, expanded for small numbers of groups (Hesterberg 2015, "What teachers should know about
-the bootstrap", §5.3): plain percentiles are too narrow by √((n−1)/n) and by the normal's lighter tail.
+the bootstrap", §5.3): plain percentiles are too narrow by √((n−1)/n) and by the normal's lighter tail. With very few
+groups no percentile helps, since resamples never leave the range of the values: Student's interval then, around the
+bootstrap's standard error.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[np.float64]
 RESAMPLES = 2000
 LEVEL = 0.95
+FEW = 10  # groups below which percentiles exclude the truth too often (two groups: every second time)
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,18 @@ def group_index(groups: Sequence[object] | None, n: int) -> NDArray[np.int64]:
     return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.int64)
 
 
+@lru_cache(maxsize=4)
 def resample(groups: int, resamples: int = RESAMPLES, seed: int = 0) -> Array:
-    """``[resamples + 1, groups]`` how often each group is drawn; the first row is the sample itself."""
+    """``[resamples + 1, groups]`` how often each group is drawn; the first row is the sample itself. Read-only: every
+    metric of a domain is judged on the same draws, which are made once."""
     counts = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=resamples)
-    return np.vstack([np.ones((1, groups)), counts])
+    drawn = np.vstack([np.ones((1, groups)), counts])
+    drawn.flags.writeable = False
+    return drawn
 
 
 def interval_of(draws: Array, n: int, level: float = LEVEL) -> Interval:
-    """Expanded percentile interval.
+    """Expanded percentile interval; of fewer than :data:`FEW` groups Student's.
 
     Args:
         draws: ``[resamples + 1]`` a statistic on the sample (first) and on the resamples.
@@ -64,7 +72,11 @@ def interval_of(draws: Array, n: int, level: float = LEVEL) -> Interval:
     estimate = float(draws[0])
     if n < 2:
         return Interval(estimate, -math.inf, math.inf, n, level)
-    tail = float(norm.cdf(math.sqrt(n / (n - 1)) * t.ppf((1 - level) / 2, n - 1)))
+    widths = math.sqrt(n / (n - 1)) * float(t.ppf((1 - level) / 2, n - 1))  # standard errors to the lower end
+    if n < FEW:
+        half = -widths * float(draws[1:].std())
+        return Interval(estimate, estimate - half, estimate + half, n, level)
+    tail = float(norm.cdf(widths))
     low, high = np.quantile(draws[1:], [tail, 1 - tail])
     # Rounding may put the estimate of a constant a hair outside its own interval.
     return Interval(estimate, min(float(low), estimate), max(float(high), estimate), n, level)
