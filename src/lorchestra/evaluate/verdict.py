@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +102,11 @@ def _sentence(recipe_of: str, against: Mapping[str, Interval], draws: Mapping[st
     rivals = {name: interval for name, interval in against.items() if name != "base"}
     change = f"{abs(base.estimate):.1%} {'below' if base.estimate < 0 else 'above'} the base's"
     spread = f"95 % interval {_signed(base.low)} to {_signed(base.high)}"
-    if base.high < 0:
+    if base.low == base.high == 0:
+        opening = (
+            f"The delivered model ({recipe_of}) gives the same answers as the base: its sealed-test loss is the base's"
+        )
+    elif base.high < 0:
         opening = (
             f"The delivered model ({recipe_of}) is better than the base: its sealed-test loss is {change} ({spread})"
         )
@@ -117,13 +122,20 @@ def _sentence(recipe_of: str, against: Mapping[str, Interval], draws: Mapping[st
         )
     if not rivals:
         return opening + "."
-    best = min(rivals, key=lambda name: float(draws[name][0]))
+    winners = [name for name, interval in rivals.items() if interval.low > 0]
+    unbeaten = [name for name, interval in rivals.items() if interval.high >= 0]
+    best = min(winners or rivals, key=lambda name: float(draws[name][0]))
     interval = rivals[best]
     spread = f"difference {_signed(interval.estimate)}, {_signed(interval.low)} to {_signed(interval.high)}"
+    link = "though" if base.low > 0 else "and"
+    if winners:
+        return f"{opening}; but {_called(best)} is better{' still' if base.high < 0 else ''} ({spread}): prefer it."
+    if not unbeaten:
+        return f"{opening}, {link} it beats every simpler choice, the best of which is {_called(best)} ({spread})."
     if interval.high < 0:
-        return f"{opening}, and it beats every simpler choice, the best of which is {_called(best)} ({spread})."
-    if interval.low > 0:
-        return f"{opening}; but {_called(best)} is better still ({spread}): prefer it."
+        others = " or ".join(map(_called, unbeaten))
+        beaten = f"it beats {_called(best)}, the best simpler choice ({spread})"
+        return f"{opening}, {link} {beaten}, but cannot be told from {others}."
     if interval.low == interval.high == 0:
         return f"{opening}; it gives the same answers as {_called(best)}, the best simpler choice."
     return f"{opening}; it cannot be told from {_called(best)}, the best simpler choice ({spread})."
@@ -215,4 +227,4 @@ def _called(model: str) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.1%}"
+    return f"{value:+.1%}" if math.isfinite(value) else f"{'+' if value > 0 else '−'}∞"

@@ -27,7 +27,8 @@ class Comparison:
         found = records(data.get("rows"))
         self.pairs = records(data.get("differences"))
         self.models = strings(data.get("models")) or _unique(found, "model")
-        self.domains = strings(data.get("domains")) or _unique([*found, *self.pairs], "domain")
+        named = strings(data.get("domains"))  # first; beside them there is what all domains give together
+        self.domains = list(dict.fromkeys([*named, *_unique([*found, *self.pairs], "domain")]))
         self.metrics = _ordered(_unique(found, "metric"))
         self.scores = {_key(row, "model", "domain", "metric"): row for row in found}
         self.changes = {_key(row, "a", "b", "domain", "metric"): row for row in self.pairs}

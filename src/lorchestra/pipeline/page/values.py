@@ -14,8 +14,9 @@ METRICS = {
     "accuracy_normalised": "Multiple-choice accuracy, by log-probability per token",
     "preference_accuracy": "Preference accuracy",
     "preference_accuracy_normalised": "Preference accuracy, by log-probability per token",
+    "loss_ratio": "Loss over the base's, mean over domains: what the verdict compares",
 }
-LOWER_IS_BETTER = {"nll"}
+LOWER_IS_BETTER = {"nll", "loss_ratio"}
 
 
 def duration(seconds: Any) -> str:
