@@ -69,7 +69,7 @@ CASES: dict[str, tuple[Scores, dict[str, Scores], str, str]] = {
     ),
     "worse": (
         answers(1), {"uniform": answers(2, seed=2)},
-        WORSE, "; do not deploy it, though it beats every simpler choice, the best of which is equal weights (uniform) (",
+        WORSE, "; do not deploy it, though it beats every simpler choice, the best of which is equal weights (uniform",
     ),
     "worse, and a rival is better": (
         answers(1), {"mixed": answers(-1, seed=2)},
