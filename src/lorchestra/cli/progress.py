@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -31,42 +31,77 @@ def figure(key: str, value: Any) -> str:
     return f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
 
 
-def amount(value: float, unit: str) -> str:
-    """``12 step``, ``3.4 MB`` for bytes."""
-    return f"{value / 1e6:.1f} MB" if unit == "B" else f"{value:,.0f} {unit}"
+def amount(value: float) -> str:
+    """Bytes in MB or GB."""
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+
+
+class Meter:
+    """Where one task stands, in words."""
+
+    def __init__(self, name: str, total: float | None, unit: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.name, self.total, self.unit, self.clock = name, total, unit, clock
+        self.done = 0.0
+        self.figures: dict[str, Any] = {}
+        self.started = clock()
+        self._from: tuple[float, float] | None = None  # when the first piece was there, and how much that was
+
+    def advance(self, amount: float, figures: dict[str, Any]) -> None:
+        """Note progress. The first piece sets no pace: it may be what was there before a resume, or slow to start."""
+        self.done += amount
+        self.figures |= figures
+        if self._from is None:
+            self._from = self.clock(), self.done
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the task began."""
+        return self.clock() - self.started
+
+    def left(self) -> float | None:
+        """Seconds to go at the pace so far; ``None`` until there is a pace, or without a total."""
+        if not self.total or self._from is None:
+            return None
+        then, before = self._from
+        if self.done <= before:
+            return None
+        return max(self.total - self.done, 0.0) * (self.clock() - then) / (self.done - before)
+
+    def count(self) -> str:
+        """``step 4/19``, ``12.5 MB/269.1 MB``; empty where nothing was counted."""
+        if self.unit == "B":
+            return f"{amount(self.done)}/{amount(self.total)}" if self.total else amount(self.done)
+        if self.total:
+            return f"{self.unit} {self.done:,.0f}/{self.total:,.0f}"
+        return f"{self.unit} {self.done:,.0f}" if self.done else ""
+
+    def said(self) -> list[str]:
+        """The figures that came with the progress."""
+        return [figure(key, value) for key, value in self.figures.items()]
 
 
 class _LineTask:
     """Says where it stands every few seconds, and how long it took."""
 
-    def __init__(self, out: TextIO, name: str, total: float | None, unit: str) -> None:
-        self.out, self.name, self.total, self.unit = out, name, total, unit
-        self.done = 0.0
-        self.counted = 0.0
-        self.started = self.last = time.monotonic()
-        self.figures: dict[str, Any] = {}
+    def __init__(self, out: TextIO, meter: Meter) -> None:
+        self.out, self.meter = out, meter
+        self.last = 0.0
 
     def advance(self, amount: float = 1.0, **figures: Any) -> None:
-        self.done += amount
-        self.figures |= figures
-        now = time.monotonic()
-        if now - self.last >= SECONDS_BETWEEN_LINES:
-            self.last = now
-            self._line(self._left(now - self.started))
+        meter = self.meter
+        meter.advance(amount, figures)
+        finished = meter.total is not None and meter.done >= meter.total
+        if meter.elapsed - self.last >= SECONDS_BETWEEN_LINES and not finished:
+            self.last = meter.elapsed
+            left = meter.left()
+            self._line("" if left is None else f"{duration(left)} left")
 
     def finish(self) -> None:
-        self._line(duration(time.monotonic() - self.started))
-
-    def _left(self, elapsed: float) -> str:
-        if not self.total or not self.done:
-            return ""
-        return duration(elapsed * (self.total - self.done) / self.done) + " left"
+        self._line(duration(self.meter.elapsed))
 
     def _line(self, ending: str) -> None:
-        of = f"/{amount(self.total, self.unit)}" if self.total else f" {self.unit}"
-        done = f"{self.done / 1e6:.1f}" if self.unit == "B" else f"{self.done:,.0f}"
-        parts = [f"{done}{of}", *(figure(k, v) for k, v in self.figures.items()), ending]
-        print(f"{self.name}: " + ", ".join(p for p in parts if p), file=self.out, flush=True)
+        parts = [self.meter.count(), *self.meter.said(), ending]
+        print(f"{self.meter.name}: " + ", ".join(part for part in parts if part), file=self.out, flush=True)
 
 
 class LineReporter:
@@ -77,7 +112,7 @@ class LineReporter:
 
     @contextmanager
     def task(self, name: str, total: float | None = None, unit: str = "it") -> Iterator[Task]:
-        task = _LineTask(self.out, name, total, unit)
+        task = _LineTask(self.out, Meter(name, total, unit))
         yield task
         task.finish()
 
@@ -89,14 +124,12 @@ class LineReporter:
 
 
 class _BarTask:
-    def __init__(self, progress: Any, task: Any, unit: str) -> None:
-        self.progress, self.id, self.unit = progress, task, unit
-        self.figures: dict[str, Any] = {}
+    def __init__(self, progress: Any, bar: Any, meter: Meter) -> None:
+        self.progress, self.bar, self.meter = progress, bar, meter
 
     def advance(self, amount: float = 1.0, **figures: Any) -> None:
-        self.figures |= figures
-        text = " · ".join(figure(k, v) for k, v in self.figures.items())
-        self.progress.update(self.id, advance=amount, figures=text)
+        self.meter.advance(amount, figures)
+        self.progress.update(self.bar, advance=amount)
 
 
 class BarReporter:
@@ -104,15 +137,28 @@ class BarReporter:
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+        from rich.progress import Task as Bar
+        from rich.table import Column
+        from rich.text import Text
+
+        class Standing(ProgressColumn):
+            """Count, time left (time spent while that is unknown) and figures, cut at the edge of the terminal."""
+
+            max_refresh = 0.5
+
+            def render(self, task: Bar) -> Text:
+                meter: Meter = task.fields["meter"]
+                left, spent = meter.left(), meter.elapsed
+                said = f"{duration(spent)} so far" if spent >= 1 else ""
+                parts = [meter.count(), said if left is None else f"{duration(left)} left", *meter.said()]
+                return Text(" · ".join(part for part in parts if part))
 
         self.console = Console(stderr=True, highlight=False)
         self.progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[figures]}", markup=False),
+            TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=20),
+            Standing(table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=self.console,
         )
         self._running = 0
@@ -124,12 +170,11 @@ class BarReporter:
         if self._running == 0:
             self.progress.start()
         self._running += 1
-        started = time.monotonic()
-        bar = self.progress.add_task(escape(name), total=total, figures="")
-        task = _BarTask(self.progress, bar, unit)
+        meter = Meter(name, total, unit)
+        bar = self.progress.add_task(escape(name), total=total, meter=meter)
         finished = False
         try:
-            yield task
+            yield _BarTask(self.progress, bar, meter)
             finished = True
         finally:
             self.progress.remove_task(bar)
@@ -137,8 +182,8 @@ class BarReporter:
             if self._running == 0:
                 self.progress.stop()
             if finished:
-                figures = [figure(k, v) for k, v in task.figures.items()]
-                self.say(f"{name}: " + ", ".join([*figures, duration(time.monotonic() - started)]))
+                parts = [meter.count(), *meter.said(), duration(meter.elapsed)]
+                self.say(f"{name}: " + ", ".join(part for part in parts if part))
 
     def event(self, kind: str, /, **fields: Any) -> None:
         return None

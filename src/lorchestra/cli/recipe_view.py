@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -45,7 +46,7 @@ def show_result(result: RunResult) -> None:
     if result.verdict:
         out.print(Text(result.verdict, style="bold"))
     for note in (data.get("verdict") or {}).get("notes", []):
-        out.print(Text(f"  {note}", style="dim"))
+        out.print(Padding(Text(note, style="dim"), (0, 0, 0, 2)))
     evaluation = data.get("evaluation")
     if evaluation:
         out.print()
@@ -158,7 +159,7 @@ def show_check(check: Check) -> None:
     if check.warnings:
         out.print("[bold yellow]warnings[/]")
         for warning in check.warnings:
-            out.print(Text(f"  {warning}"))
+            out.print(Padding(Text(warning), (0, 0, 0, 2)))
     else:
         out.print("[green]nothing to warn of[/]")
 

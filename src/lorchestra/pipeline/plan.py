@@ -128,7 +128,7 @@ class _Planner:
         self.dtype = choose_dtype(self.device, recipe.dtype)
         self.cache = StepCache(home() / "steps")
         self.steps: list[PlannedStep] = []
-        self.ratios: list[float] = []  # of finished stages: seconds they took / estimated
+        self.ratios: list[float] = []  # of finished and begun stages: seconds they take / estimated
         self.model: Any = None
         self.shape: Shape | None = None
         self.prepared: Prepared | None = None
@@ -235,7 +235,9 @@ class _Planner:
         work = self.cache.path("stage", digest)
         checkpoints = sorted((work.with_name(work.name + ".work") / SCRATCH).glob("step-*/progress.json"))
         if checkpoints and outlook.steps:
-            done = int(json.loads(checkpoints[-1].read_text(encoding="utf-8"))["step"])
+            progress = json.loads(checkpoints[-1].read_text(encoding="utf-8"))
+            done = int(progress["step"])
+            self.ratios.append(float(progress["seconds"]) / done * outlook.steps / cost.seconds)
             note = f"goes on after step {done} of {outlook.steps}"
             left = cost.seconds * (1 - done / outlook.steps)
             planned = replace(planned, state="begun", note=note, seconds=left)
@@ -323,8 +325,8 @@ class _Planner:
             return ["Every step is cached: a run only writes its report."]
         notes = [self.costs.basis()]
         if self.ratios:
-            count = f"{len(self.ratios)} finished stage{'s' if len(self.ratios) > 1 else ''}"
-            notes.append(f"Stages' times are multiplied by {ratio:.2g}, by what {count} of this recipe took.")
+            count = f"{len(self.ratios)} stage{'s' if len(self.ratios) > 1 else ''}"
+            notes.append(f"Stages' times are multiplied by {ratio:.2g}, as {count} of this recipe went so far.")
         if memory and self.machine.memory and memory > 0.9 * self.machine.memory:
             notes.append(
                 f"About {memory / 1e9:.1f} GB may be needed, and {self.device} has {self.machine.memory / 1e9:.1f} GB: "

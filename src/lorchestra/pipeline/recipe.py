@@ -102,7 +102,7 @@ class Stage(Settings):
             value["train"] = {**train, **short}
         if value.get("task", "sft") == "sft":
             for key in ("loss", "beta", "label_smoothing"):
-                if key in value:
+                if key in value and value[key] != cls.model_fields[key].default:
                     raise ValueError(f"{key!r} belongs to task: dpo; this stage is sft")
         return value
 
@@ -320,7 +320,7 @@ class Recipe(Settings):
                 found.append((("evaluate", "domains", name), f"{name!r} is a stage, which is a domain already"))
         if not NAME.match(self.name):
             found.append((("name",), f"{self.name!r}: a name is lower-case letters, digits, - and _"))
-        if self.train.max_steps is not None and "epochs" in self.train.model_fields_set:
+        if self.train.max_steps is not None and self.train.epochs != TrainSettings.model_fields["epochs"].default:
             found.append((("train",), "give epochs or max_steps, not both"))
         members = self.fusion.members
         for member in dict.fromkeys(member for member in members if members.count(member) > 1):

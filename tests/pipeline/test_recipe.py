@@ -1,0 +1,287 @@
+# ruff: noqa: E501  (a message in one line is easier to read)
+"""A recipe says what it means, and what is wrong with it: file, line, key, and what to write instead."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from lorchestra.errors import RecipeError
+from lorchestra.pipeline.recipe import Recipe
+
+GOOD = """\
+name: tiny
+base: ./tiny
+max_length: 96
+split: {train: 0.6, validation: 0.2, test: 0.2}
+lora: {rank: 2, alpha: 4}
+train:
+  max_steps: 6
+  batch_size: 4
+stages:
+  - name: general
+    data: general.jsonl
+  - name: clinic
+    data: clinic.jsonl
+    context: {general: 1.0}
+  - name: preference
+    task: dpo
+    data: pairs.jsonl
+    context:
+      general: {weight: 1.0, schedule: cosine, to: 0.5}
+      clinic: 1.0
+fusion: {candidates: 8}
+evaluate: {samples: 2}
+"""
+CLINIC = "    context: {general: 1.0}"  # line 14
+STAGES = GOOD[GOOD.index("stages:") : GOOD.index("fusion:")]
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Write a text as ``tmp_path/r.yaml`` and load it."""
+
+    def read(text=GOOD, *overrides):
+        (tmp_path / "r.yaml").write_text(text)
+        return Recipe.load(tmp_path / "r.yaml", overrides)
+
+    return read
+
+
+def refusal(load, tmp_path, text, *overrides) -> str:
+    """The message, without the directory."""
+    with pytest.raises(RecipeError) as error:
+        load(text, *overrides)
+    message = str(error.value).replace(f"{tmp_path}/", "")
+    assert not re.search(r"pydantic|validation error|\bdictionary\b|\btuple\b|instance of|Input should", message)
+    return message
+
+
+# What is replaced, by what, and the whole message.
+MISTAKES = {
+    "unknown key": ("max_length", "max_lenght", "r.yaml:3: max_lenght: unknown key 'max_lenght'; did you mean 'max_length'?"),
+    "in a section": ("batch_size", "batchsize", "r.yaml:8: train.batchsize: unknown key 'batchsize'; did you mean 'batch_size'?"),
+    "in a stage": ("    context: {general", "    contxt: {general", "r.yaml:14: stages.1.contxt: unknown key 'contxt'; did you mean 'context'?"),
+    "in a context": ("to: 0.5", "too: 0.5", "r.yaml:19: stages.2.context.general.too: unknown key 'too'; did you mean 'to'?"),
+    "shorthand's neighbour": (CLINIC, "    epoch: 3", "r.yaml:14: stages.1.epoch: unknown key 'epoch'; did you mean 'epochs'?"),
+    "belongs elsewhere": (CLINIC, "    batch_size: 8", "r.yaml:14: stages.1.batch_size: unknown key 'batch_size' here; it belongs under train"),
+    "belongs in a stage": ("max_length: 96", "context: [general]", "r.yaml:3: context: unknown key 'context' here; it belongs in an entry of stages"),
+    "belongs at the top": ("  batch_size: 4", "  max_length: 4", "r.yaml:8: train.max_length: unknown key 'max_length' here; it belongs at the top of the recipe"),
+    "near one elsewhere": ("max_length: 96", "batchsize: 3", "r.yaml:3: batchsize: unknown key 'batchsize'; did you mean 'batch_size'? It belongs under train"),
+    "data entry": ("data: clinic.jsonl", "data: {source: clinic.jsonl, limt: 3}", "r.yaml:13: stages.1.data.limt: unknown key 'limt'; did you mean 'limit'?"),
+    "stage override": (CLINIC, "    lora: {rnk: 3}", "r.yaml:14: stages.1.lora.rnk: unknown key 'rnk'; did you mean 'rank'?"),
+    "whole number": ("max_length: 96", "max_length: many", "r.yaml:3: max_length: expected a whole number, got 'many'"),
+    "fraction": ("max_length: 96", "max_length: 96.5", "r.yaml:3: max_length: expected a whole number, got 96.5"),
+    "too small": ("max_length: 96", "max_length: 2", "r.yaml:3: max_length: expected at least 8, got 2"),
+    "negative": ("batch_size: 4", "learning_rate: -1", "r.yaml:8: train.learning_rate: expected more than 0, got -1"),
+    "infinite": ("batch_size: 4", "learning_rate: .inf", "r.yaml:8: train.learning_rate: expected a finite number, got inf"),
+    "not a number": (CLINIC, "    learning_rate: fast", "r.yaml:14: stages.1.learning_rate: expected a number, got 'fast'"),
+    "text": ("base: ./tiny", "base: 7", "r.yaml:2: base: expected a text, got 7; put it in quotes: '7'"),
+    "text, list": ("base: ./tiny", "base: [a, b]", "r.yaml:2: base: expected a text, got ['a', 'b']"),
+    "mapping": (CLINIC, "    lora: [1, 2]", "r.yaml:14: stages.1.lora: expected a mapping (key: value), got [1, 2]"),
+    "list": ("fusion: {candidates: 8}", "fusion: {members: general}", "r.yaml:21: fusion.members: expected a list, got 'general'; write [general]"),
+    "one of": ("task: dpo", "task: dop", "r.yaml:16: stages.2.task: expected one of sft, dpo, got 'dop'; did you mean 'dpo'?"),
+    "one of or more": ("candidates: 8", "weights: serch", "r.yaml:21: fusion.weights: expected one of search, equal, later, specialised, last or a mapping (key: value), got 'serch'; did you mean 'search'?"),
+    "inside a union": ("candidates: 8", "weights: {general: lots}", "r.yaml:21: fusion.weights.general: expected a number, got 'lots'"),
+    "not finite weight": ("candidates: 8", "weights: {general: .nan}", "r.yaml:21: fusion.weights.general: expected a finite number, got nan"),
+    "device": ("max_length: 96", "device: gpu", "r.yaml:3: device: expected auto, cpu, cuda, cuda:0 … or mps, got 'gpu'"),
+    "base missing": ("base: ./tiny\n", "", "r.yaml: base: the key 'base' is missing"),
+    "stages missing": (STAGES, "", "r.yaml: stages: the key 'stages' is missing"),
+    "no stages": (STAGES, "stages: []\n", "r.yaml:9: stages: expected at least 1 of them, got []"),
+    "stages as mapping": (STAGES, "stages: {general: {data: x}}\n", "r.yaml:9: stages: expected a list, got a mapping with general; begin each entry with '- '"),
+    "stage without data": ("    data: clinic.jsonl\n", "", "r.yaml:12: stages.1.data: the key 'data' is missing"),
+    "stage with empty data": ("    data: clinic.jsonl\n", "    data:\n", "r.yaml:13: stages.1.data: the key 'data' is missing"),
+    "sums": ("test: 0.2", "test: 0.3", "r.yaml:4: split: train + validation + test must be 1; they are 1.1"),
+    "beta of sft": (CLINIC, "    beta: 0.2", "r.yaml:12: stages.1: 'beta' belongs to task: dpo; this stage is sft"),
+    "both lengths": (CLINIC, "    train: {epochs: 3, max_steps: 2}", "r.yaml:14: stages.1.train: give epochs or max_steps, not both"),
+    "both lengths above": ("  batch_size: 4", "  epochs: 2", "r.yaml:6: train: give epochs or max_steps, not both"),
+    "twice": (CLINIC, "    epochs: 1\n    train: {epochs: 2}", "r.yaml:12: stages.1: 'epochs' stands on the stage and again in its train; keep one of them"),
+    "context unknown": (CLINIC, "    context: {genral: 1.0}", "r.yaml:14: stages.1.context.genral: context 'genral' names no earlier stage or adapter; did you mean 'general'?"),
+    "context itself": (CLINIC, "    context: {clinic: 1.0}", "r.yaml:14: stages.1.context.clinic: stage 'clinic' cannot be its own context"),
+    "cycle": (CLINIC, "    context: {preference: 1.0}", "r.yaml:14: stages.1.context.preference: context 'preference' comes later than 'clinic'; a context names earlier stages (this would be a cycle)"),
+    "schedule ends first": ("to: 0.5", "to: 0.5, start: 0.9, end: 0.2", "r.yaml:19: stages.2.context.general: start (0.9) must come before end (0.2)"),
+    "member unknown": ("candidates: 8", "members: [general, clinik]", "r.yaml:21: fusion.members: 'clinik' is no stage or adapter of this recipe; did you mean 'clinic'?"),
+    "member twice": ("candidates: 8", "members: [general, general]", "r.yaml:21: fusion.members: 'general' is here twice"),
+    "weight of none": ("candidates: 8", "weights: {clinik: 2}", "r.yaml:21: fusion.weights.clinik: 'clinik' is no member of the fusion; did you mean 'clinic'?"),
+    "domain is a stage": ("samples: 2", "domains: {general: x.jsonl}", "r.yaml:22: evaluate.domains.general: 'general' is a stage, which is a domain already"),
+    "name": ("name: tiny", "name: Tiny Model", "r.yaml:1: name: 'Tiny Model': a name is lower-case letters, digits, - and _"),
+    "number as name": ("name: clinic", "name: 3", "r.yaml:12: stages.1.name: expected a text, got 3; put it in quotes: '3'"),
+    "tags": ("base: ./tiny", "base: !!python/object:os.system x", "r.yaml:2: base: a recipe has no YAML tags (!…)"),
+    "secret": ("base: ./tiny", "base: ${SECRET}/x", "r.yaml:2: base: ${SECRET} may not be used here: a recipe sees HF_ENDPOINT, HF_TOKEN, HOME, USER and names that begin with LORCHESTRA_"),
+    "secret in data": ("data: clinic.jsonl", "data: {source: '${HF_TOKN}/x'}", "r.yaml:13: stages.1.data: ${HF_TOKN} may not be used here: a recipe sees HF_ENDPOINT, HF_TOKEN, HOME, USER and names that begin with LORCHESTRA_; did you mean 'HF_TOKEN'?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_in_one_line(mistake, load, tmp_path):
+    old, new, message = MISTAKES[mistake]
+    assert GOOD.count(old) == 1
+    assert refusal(load, tmp_path, GOOD.replace(old, new)) == message
+
+
+def test_every_mistake_is_told_at_once_up_to_eight(load, tmp_path):
+    message = refusal(load, tmp_path, GOOD.replace("max_length: 96", "max_lenght: 96\ndtype: bf16"))
+    assert message.splitlines() == [
+        "r.yaml:4: dtype: expected one of auto, float32, bfloat16, float16, got 'bf16'; did you mean 'bfloat16'?",
+        "r.yaml:3: max_lenght: unknown key 'max_lenght'; did you mean 'max_length'?",
+    ]
+    many = GOOD.replace("max_length: 96", "\n".join(f"key{i}: 1" for i in range(12)))
+    lines = refusal(load, tmp_path, many).splitlines()
+    assert len(lines) == 9
+    assert lines[-1] == "… and 4 more"
+
+
+def test_names_are_used_once_and_reserved_words_never(load, tmp_path):
+    assert "r.yaml:12: stages.1.name: the name 'general' is used twice" in refusal(
+        load, tmp_path, GOOD.replace("name: clinic", "name: general")
+    )
+    for word in ("base", "auto", "uniform", "stack", "mixed", "delivered"):
+        message = refusal(load, tmp_path, GOOD.replace("name: clinic", f"name: {word}"))
+        assert f"stages.1.name: {word!r} is a reserved word" in message
+
+
+def test_short_forms_mean_the_long_ones(load):
+    short = GOOD.replace(CLINIC, "    context: general\n    epochs: 3\n    learning_rate: 1e-3")
+    long = GOOD.replace(
+        CLINIC, "    context: {general: {weight: 1.0}}\n    train: {epochs: 3, learning_rate: 0.001}"
+    ).replace("data: clinic.jsonl", "data: [{source: clinic.jsonl}]")
+    assert load(short).model_dump() == load(long).model_dump()
+    assert load(GOOD.replace(CLINIC, "    context: [general]")).model_dump() == load().model_dump()
+    assert load(GOOD.replace(CLINIC, "    context:\n      general:")).model_dump() == load().model_dump()
+
+
+def test_a_section_with_nothing_in_it_is_its_defaults(load):
+    emptied = re.sub(r"^(fusion|evaluate):.*$", r"\1:  # all commented out", GOOD, flags=re.MULTILINE)
+    defaults = re.sub(r"^(fusion|evaluate):.*\n", "", GOOD, flags=re.MULTILINE)
+    assert load(emptied).model_dump() == load(defaults).model_dump()
+    assert load(GOOD.replace(CLINIC, "    context:\n    lora:\n    train:")).stages[1].context == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("stages.0.epochs=1", lambda r: r.train_of(r.stages[0]).epochs, 1),
+        ("stages.general.epochs=1.5", lambda r: r.train_of(r.stages[0]).epochs, 1.5),
+        ("stages.0.train.epochs=3", lambda r: r.train_of(r.stages[0]).epochs, 3),
+        ("stages.clinic.lora.rank=4", lambda r: r.lora_of(r.stages[1]).rank, 4),
+        ("stages.clinic.learning_rate=1e-3", lambda r: r.train_of(r.stages[1]).learning_rate, 1e-3),
+        ("stages.clinic.context.general=0.25", lambda r: r.stages[1].context["general"].weight, 0.25),
+        ("stages.2.context.general.to=0", lambda r: r.stages[2].context["general"].to, 0),
+        ("stages.1.data=other.csv", lambda r: r.stages[1].data[0].source, "other.csv"),
+        ("seeds.data=3", lambda r: r.seeds.data, 3),
+        ("fusion.weights={general: 0.5}", lambda r: r.fusion.weights, {"general": 0.5}),
+        ("fusion.weights=equal", lambda r: r.fusion.weights, "equal"),
+        ("evaluate.test_limit=null", lambda r: r.evaluate.test_limit, None),
+        ("evaluate.test_limit=", lambda r: r.evaluate.test_limit, None),
+        ("adapters.old=foo/bar", lambda r: r.adapters, {"old": "foo/bar"}),
+        ("train.report_to=[tensorboard]", lambda r: r.train.report_to, ("tensorboard",)),
+    ],
+)
+def test_overrides_reach_their_key(override, read, value, load):
+    assert read(load(GOOD, override)) == value
+
+
+@pytest.mark.parametrize(
+    "written", ["    epochs: 7", "    train: {epochs: 7}", "    max_steps: 7", "    train: {max_steps: 7}"]
+)
+@pytest.mark.parametrize("override", ["stages.clinic.epochs=2", "stages.1.train.epochs=2"])
+def test_an_override_wins_over_either_spelling_and_over_max_steps(written, override, load):
+    recipe = load(GOOD.replace(CLINIC, written), override)
+    train = recipe.train_of(recipe.stages[1])
+    assert (train.epochs, train.max_steps) == (2, None)
+
+
+def test_an_override_of_the_default_epochs_undoes_max_steps(load):
+    recipe = load(GOOD, "train.epochs=2")
+    assert (recipe.train.epochs, recipe.train.max_steps) == (2, None)
+    recipe = load(GOOD.replace("max_steps: 6", "epochs: 6"), "train.max_steps=2")
+    assert recipe.train.max_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.0.epoch=1", "stages.0.epoch: unknown key 'epoch'; did you mean 'epochs'?"),
+        ("stage.0.epochs=1", "stage: unknown key 'stage'; did you mean 'stages'?"),
+        ("epochs=1", "epochs: unknown key 'epochs' here; it belongs under train"),
+        ("train.epochs=abc", "train.epochs: expected a number, got 'abc'"),
+        ("lora.rank=4.5", "lora.rank: expected a whole number, got 4.5"),
+        ("stages.clinic.context.foo=1", "stages.1.context.foo: context 'foo' names no earlier stage or adapter"),
+        ("stages.7.epochs=1", "there is no '7' in the list; there are general, clinic, preference"),
+        ("stages.clinc.epochs=1", "there is no 'clinc' in the list; there are general, clinic, preference; did you mean 'clinic'?"),
+        ("stages.-1.epochs=1", "there is no '-1' in the list; there are general, clinic, preference"),
+        ("base.x=3", "base is './tiny' in the recipe; nothing can be set inside it. Set the whole: --set base=…"),
+        ("stages.clinic.data.limit=5", "stages.1.data is 'clinic.jsonl' in the recipe; nothing can be set inside it. Set the whole: --set stages.1.data=…"),
+        ("train.epochs", "write key.path=value, for example --set stages.0.epochs=1"),
+        ("=3", "write key.path=value, for example --set stages.0.epochs=1"),
+        ("train..epochs=3", "write key.path=value, for example --set stages.0.epochs=1"),
+        ("fusion.weights={general: 1", "the value is not YAML: the { that opens here is not closed, or a comma is missing. A value with brackets or spaces stands in quotes for the shell: --set 'fusion.weights={a: 1}'"),
+    ],
+)  # fmt: skip
+def test_a_bad_override_is_named_as_it_was_given(override, message, load, tmp_path):
+    assert refusal(load, tmp_path, GOOD, override) == f"--set {override}: {message}"
+
+
+def test_what_stood_in_the_file_under_an_overridden_key_is_no_place_any_more(load, tmp_path):
+    message = refusal(load, tmp_path, GOOD, "stages.2.context={general: {weight: much}}")
+    assert message == (
+        "--set stages.2.context={general: {weight: much}}: stages.2.context.general.weight: expected a number, got 'much'"
+    )
+
+
+def test_variables_are_kept_unexpanded_and_filled_in_where_they_are_used(load, monkeypatch):
+    monkeypatch.setenv("LORCHESTRA_DATA", "/somewhere/else")
+    recipe = load(GOOD.replace("data: clinic.jsonl", "data: ${LORCHESTRA_DATA}/clinic.jsonl"))
+    assert "${LORCHESTRA_DATA}/clinic.jsonl" in recipe.text
+    assert recipe.stages[1].data[0].source == "${LORCHESTRA_DATA}/clinic.jsonl"
+    assert "/somewhere/else" not in recipe.model_dump_json()
+    assert recipe.stages[1].data[0].spec().source == "/somewhere/else/clinic.jsonl"
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The files that the good recipe names."""
+    (tmp_path / "tiny").mkdir()
+    for name in ("general", "clinic", "pairs"):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("base: ./tiny", "base: ./tinny", "r.yaml:2: base: source './tinny': there is no tinny; did you mean 'tiny'?"),
+        ("data: clinic.jsonl", "data: clinc.jsonl", "r.yaml:13: stages.1.data: source 'clinc.jsonl': there is no clinc.jsonl; did you mean 'clinic.jsonl'?"),
+        # A relative path to a file is not taken for a hub name.
+        ("data: clinic.jsonl", "data: data/clinic.jsonl", "r.yaml:13: stages.1.data: source 'data/clinic.jsonl': there is no data/clinic.jsonl"),
+        ("data: clinic.jsonl", "data: s3://x/clinic.jsonl", "r.yaml:13: stages.1.data: source 's3://x/clinic.jsonl': unknown kind; use a path, hf:org/name or pip:distribution==version/path"),
+        ("data: clinic.jsonl", "data: {source: clinic.jsonl, format: alpacca}", "r.yaml:13: stages.1.data: unknown data format 'alpacca'; expected auto, preference, messages, sharegpt, choice, alpaca, prompt_completion. Did you mean 'alpaca'?"),
+        ("data: clinic.jsonl", "data: {source: clinic.jsonl, fields: {promt: a, completion: b}}", "r.yaml:13: stages.1.data: fields: unknown part 'promt'; expected system, messages, prompt, completion, chosen, rejected, choices, group. Did you mean 'prompt'?"),
+        ("base: ./tiny", "base: ${LORCHESTRA_NOT_SET}/x", "r.yaml:2: base: the environment variable LORCHESTRA_NOT_SET is not set, which '${LORCHESTRA_NOT_SET}/x' needs"),
+    ],
+)  # fmt: skip
+def test_sources_are_looked_at_before_anything_is_fetched(old, new, message, load, tmp_path, files):
+    # What would have to be fetched comes first: it must not be tried.
+    recipe = load(GOOD.replace(old, new).replace("data: general.jsonl", "data: hf:nobody/nothing"))
+    with pytest.raises(RecipeError) as error:
+        recipe.check_sources()
+    assert str(error.value).replace(f"{tmp_path}/", "") == message
+
+
+def test_good_sources_pass(load, files):
+    load().check_sources()
+    load(GOOD.replace("base: ./tiny", "base: org/model")).check_sources()
+
+
+def test_from_dict_gives_the_same_recipe_and_the_same_messages(load, tmp_path):
+    recipe = load()
+    again = Recipe.from_dict(recipe.model_dump(mode="json"), tmp_path)
+    assert again.model_dump() == recipe.model_dump()
+    assert again.directory == tmp_path
+    with pytest.raises(RecipeError, match=r"^recipe: lora\.rnk: unknown key 'rnk'; did you mean 'rank'\?$"):
+        Recipe.from_dict({**recipe.model_dump(mode="json"), "lora": {"rnk": 3}})
+
+
+def test_a_recipe_survives_its_own_json(load):
+    recipe = load()
+    assert Recipe.model_validate_json(recipe.model_dump_json()).model_dump() == recipe.model_dump()
