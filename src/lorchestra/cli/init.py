@@ -52,20 +52,17 @@ def init(
     from lorchestra.cli.starter import example_rows, recipe_text
     from lorchestra.pipeline.cache import storage
 
-    texts: dict[str, str] = {}
-    if data:
-        stages = _stages(directory, data, fields)
-    else:
-        rows = example_rows()
-        texts = {f"{stage}.jsonl": _jsonl(examples) for stage, examples in rows.items()}
-        stages = _examples(list(rows))
-    texts[RECIPE] = recipe_text(_name(directory), _source(base, directory), stages)
-    taken = [name for name in texts if (directory / name).exists()]
+    rows = {} if data else example_rows()
+    texts = {f"{stage}.jsonl": _jsonl(examples) for stage, examples in rows.items()}
+    taken = [str(directory / name) for name in (*texts, RECIPE) if (directory / name).exists()]
     if taken and not force:
         raise UserError(
-            f"{', '.join(str(directory / name) for name in taken)}: there already, and nothing was written. Choose "
-            "another directory, or --force to overwrite"
+            f"{', '.join(taken)}: there already, and nothing was written. Choose another directory, or --force to "
+            "overwrite"
         )
+    source = _source(base, directory)
+    stages = _stages(directory, data, fields) if data else _examples(list(rows))
+    texts[RECIPE] = recipe_text(_name(directory), source, stages)
     with storage(directory):
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
