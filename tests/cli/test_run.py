@@ -167,6 +167,7 @@ def test_a_mistake_in_a_recipe(verb, old, new, message, lorchestra, recipe):
         (["run", "."], ["is a directory; name the recipe in it"]),
         (["run", "recipe.yaml", "--set", "stages.0.epoch=1"], ["--set stages.0.epoch=1: stages.0.epoch: unknown key 'epoch'; did you mean 'epochs'?"]),
         (["plan", "recipe.yaml", "--set", "epochs"], ["write key.path=value"]),
+        (["run", "recipe.yaml", "--set", "device=cuda:0", "--set", "base=hf:nobody/nothing"], ["device 'cuda:0' is not available here"]),
         (["plan", "recipe.yaml", "--set", "device=cuda:0"], ["device 'cuda:0' is not available here"]),
         (["plan", "recipe.yaml", "--set", "lora.target_modules=[q_pro]"], ["did you mean 'q_proj'?"]),
         (["run"], ["Missing argument 'RECIPE'"]),
@@ -270,6 +271,13 @@ def test_a_real_process_refuses_a_recipe_quickly_and_plainly(recipe, tmp_path):
     assert ended.stdout == ""
     for heavy in ("torch", "transformers", "numpy", "datasets"):
         assert not any(line.rstrip().endswith(f"| {heavy}") for line in ended.stderr.splitlines())
+
+
+def test_a_terminal_without_unicode_gets_the_message_all_the_same(recipe, tmp_path):
+    recipe.write_text(recipe.read_text().replace("rank", "räng"))
+    ended = shell("-m", "lorchestra", "run", "recipe.yaml", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: recipe.yaml:6: lora.r?ng: unknown key 'r?ng'")
 
 
 def test_help_imports_nothing_heavy(tmp_path):

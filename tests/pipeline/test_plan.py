@@ -260,6 +260,18 @@ def test_estimates_follow_the_machine_and_the_work(finished, same_home, monkeypa
     assert any("lower train.batch_size" in note for note in small.notes)
 
 
+def test_a_search_is_foretold_with_the_candidates_that_it_always_tries(finished, same_home):
+    where, recipe, _ = finished
+
+    def searching(candidates):
+        return Recipe.from_dict(values(recipe.base, fusion={"candidates": candidates, "validation_limit": 4}), where)
+
+    few, many = (plan(searching(n), MACHINE).step("search").seconds for n in (1, 100))
+    result = run(searching(1), directory=where / "few")
+    tried = json.loads((result.directory / "report.json").read_text())["search"]["candidates"]
+    assert 100 * few / many == pytest.approx(len(tried))
+
+
 def test_target_modules_that_are_not_there_are_refused(finished, same_home):
     where, recipe, _ = finished
     changed = values(recipe.base, lora={"rank": 2, "target_modules": ["q_pro"]})

@@ -46,7 +46,7 @@ def show_result(result: RunResult) -> None:
     if result.verdict:
         out.print(Text(result.verdict, style="bold"))
     for note in (data.get("verdict") or {}).get("notes", []):
-        out.print(Padding(Text(note, style="dim"), (0, 0, 0, 2)))
+        out.print(Padding(Text(note, style="dim"), (0, 0, 0, 2), expand=False))
     evaluation = data.get("evaluation")
     if evaluation:
         out.print()
@@ -159,7 +159,7 @@ def show_check(check: Check) -> None:
     if check.warnings:
         out.print("[bold yellow]warnings[/]")
         for warning in check.warnings:
-            out.print(Padding(Text(warning), (0, 0, 0, 2)))
+            out.print(Padding(Text(warning), (0, 0, 0, 2), expand=False))
     else:
         out.print("[green]nothing to warn of[/]")
 

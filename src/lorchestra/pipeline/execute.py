@@ -93,6 +93,7 @@ class _Run:
 
     def go(self) -> RunResult:
         """Every step in order."""
+        choose_dtype(choose_device(self.recipe.device), self.recipe.dtype)  # a mistake there is told before any fetch
         self.reporter.event("run", recipe=self.recipe.name, version=version("lorchestra"))
         prepared = prepare(self.recipe, self.reporter)
         self.prepared = prepared
