@@ -18,6 +18,7 @@ from lorchestra.cli.progress import duration
 
 if TYPE_CHECKING:
     from lorchestra.data.check import Check, StageCheck
+    from lorchestra.pipeline.costs import Outlook
     from lorchestra.pipeline.execute import RunResult
     from lorchestra.pipeline.plan import Plan, PlannedStep
 
@@ -46,7 +47,7 @@ def show_result(result: RunResult) -> None:
     if result.verdict:
         out.print(Text(result.verdict, style="bold"))
     for note in (data.get("verdict") or {}).get("notes", []):
-        out.print(Padding(Text(note, style="dim"), (0, 0, 0, 2), expand=False))
+        _indented(out, note, "dim")
     evaluation = data.get("evaluation")
     if evaluation:
         out.print()
@@ -58,6 +59,10 @@ def show_result(result: RunResult) -> None:
             places.add_row(name, escape(_short(path)))
     places.add_row("talk to it", f"lorchestra chat {escape(_short(result.merged or result.adapter))}")
     out.print(places)
+
+
+def _indented(out: Console, text: str, style: str = "") -> None:
+    out.print(Padding(Text(text, style=style), (0, 0, 0, 2), expand=False))
 
 
 def _scores(evaluation: Mapping[str, Any]) -> Table:
@@ -96,15 +101,18 @@ def show_plan(plan: Plan) -> None:
     size = f", {plan.parameters:,} parameters" if plan.parameters else ""
     out.print(f"[bold]{plan.recipe}[/] on {escape(plan.base)}{size}, {plan.dtype} on {plan.device}")
     out.print()
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name, justify in (
-        ("step", "left"), ("after", "left"), ("state", "left"), ("examples", "right"), ("steps", "right"),
-        ("trainable", "right"), ("scale", "right"), ("to learn", "right"), ("time", "right"), ("memory", "right"),
-    ):  # fmt: skip
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]  # rich's literal
+    steps = _table("step", "after", "state", "time", "memory", left=3)
     for step in plan.steps:
-        table.add_row(*_cells(step))
-    out.print(table)
+        state = f"[{STATES[step.state]}]{step.state}[/]" if step.state in STATES else step.state
+        after = escape(", ".join(name for name in step.needs if not name.startswith("data:")))
+        steps.add_row(escape(step.name), after, state, _time(step), _bytes(step.memory))
+    out.print(steps)
+    out.print()
+    stages = _table("stage", "examples", "steps", "trainable", "scale", "tokens to learn", left=1)
+    for step in plan.steps:
+        if step.outlook is not None:
+            stages.add_row(escape(step.name), *_outlook(step.outlook))
+    out.print(stages)
     out.print()
     for step in plan.steps:
         if step.note and step.state != "cached":
@@ -117,20 +125,18 @@ def show_plan(plan: Plan) -> None:
         out.print(Text(note, style="dim"))
 
 
-def _cells(step: PlannedStep) -> list[str]:
-    outlook = step.outlook
-    state = f"[{STATES[step.state]}]{step.state}[/]" if step.state in STATES else step.state
-    after = escape(", ".join(name for name in step.needs if not name.startswith("data:")))
-    cells = [escape(step.name), after, state]
-    if outlook is None:
-        cells += [""] * 5
-    else:
-        scale = f"{outlook.scale:.3g} (r {outlook.rank}, {outlook.scaling})"
-        cells += [
-            _count(outlook.examples.get("train")), _count(outlook.steps), _count(outlook.trainable), scale,
-            f"{outlook.supervised:,} tokens" if outlook.supervised is not None else "",
-        ]  # fmt: skip
-    return [*cells, _time(step), _bytes(step.memory) if step.memory else ""]
+def _table(*columns: str, left: int) -> Table:
+    """Plain columns; the first ``left`` are texts (the second of them may wrap), the others numbers."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i < left else "right", no_wrap=i != 1 or left == 1)
+    return table
+
+
+def _outlook(outlook: Outlook) -> tuple[str, ...]:
+    scale = f"{outlook.scale:.3g} (r {outlook.rank}, {outlook.scaling})"
+    counts = (outlook.examples.get("train"), outlook.steps, outlook.trainable)
+    return (*map(_count, counts), scale, _count(outlook.supervised))
 
 
 def _count(value: int | None) -> str:
@@ -159,7 +165,7 @@ def show_check(check: Check) -> None:
     if check.warnings:
         out.print("[bold yellow]warnings[/]")
         for warning in check.warnings:
-            out.print(Padding(Text(warning), (0, 0, 0, 2), expand=False))
+            _indented(out, warning)
     else:
         out.print("[green]nothing to warn of[/]")
 
@@ -167,7 +173,8 @@ def show_check(check: Check) -> None:
 def _show_stage(out: Console, stage: StageCheck) -> None:
     out.print(f"[bold]{escape(stage.name)}[/] ({stage.task})")
     for source in stage.sources:
-        out.print(Text("\n".join(f"  {line.strip()}" for line in source.splitlines())))
+        for line in source.splitlines():
+            _indented(out, line.strip())
     table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
     for name in ("", "train", "validation", "test"):
         table.add_column(name, justify="left" if not name else "right")
@@ -176,16 +183,18 @@ def _show_stage(out: Console, stage: StageCheck) -> None:
         table.add_row(label, *(f"{counts[part]:,}" for part in parts))
     out.print(table)
     lengths = stage.lengths
-    out.print(
-        f"  tokens an example: mean {lengths['mean']:.0f}, median {lengths['p50']:.0f}, 90 % {lengths['p90']:.0f}, "
+    _indented(
+        out,
+        f"tokens an example: mean {lengths['mean']:.0f}, median {lengths['p50']:.0f}, 90 % {lengths['p90']:.0f}, "
         f"99 % {lengths['p99']:.0f}, most {lengths['max']:.0f}; cut to max_length: {stage.truncated} examples, "
-        f"{stage.cut_answers} answers"
+        f"{stage.cut_answers} answers",
     )
-    out.print(
-        f"  repeated and left out: {stage.duplicates}; nearly repeated: {stage.near_duplicates}; held out but alike in "
-        f"another part: {stage.leakage} ({stage.leakage_exact} with the same prompt)"
+    _indented(
+        out,
+        f"repeated and left out: {stage.duplicates}; nearly repeated: {stage.near_duplicates}; held out but alike in "
+        f"another part: {stage.leakage} ({stage.leakage_exact} with the same prompt)",
     )
-    out.print(Text(f"  an answer ends with {stage.end_of_turn}"))
+    _indented(out, f"an answer ends with {stage.end_of_turn}")
     how = "in colour" if out.is_terminal else "in ⟦ ⟧"
     for number, (text, spans) in enumerate(stage.examples, start=1):
         out.print(f"  [dim]example {number}, what is learned {how}:[/]")

@@ -326,7 +326,8 @@ class _Planner:
         notes = [self.costs.basis()]
         if self.ratios:
             count = f"{len(self.ratios)} stage{'s' if len(self.ratios) > 1 else ''}"
-            notes.append(f"Stages' times are multiplied by {ratio:.2g}, as {count} of this recipe went so far.")
+            factor = f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
+            notes.append(f"Stages' times are multiplied by {factor}, as {count} of this recipe went so far.")
         if memory and self.machine.memory and memory > 0.9 * self.machine.memory:
             notes.append(
                 f"About {memory / 1e9:.1f} GB may be needed, and {self.device} has {self.machine.memory / 1e9:.1f} GB: "
