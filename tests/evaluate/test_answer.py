@@ -17,12 +17,12 @@ QUESTIONS = ["What lowers a fever?", "医学", "x", "A much longer question than
 
 
 def greedy(model: Any, prompt: list[int], stops: Iterable[int], tokens: int, penalty: float = 1.0) -> list[int]:
-    """Ids of the answer with its stop. ``penalty`` as in CTRL (arXiv 1909.05858): on what was seen, prompt included."""
+    """Ids of the answer with its stop. ``penalty`` as in CTRL (arXiv 1909.05858), on the answer's own tokens."""
     ids = list(prompt)
     while len(ids) < len(prompt) + tokens:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
-        seen = torch.tensor(sorted(set(ids)))
+        seen = torch.tensor(sorted(set(ids[len(prompt) :])), dtype=torch.int64)
         logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
         ids.append(int(logits.argmax()))
         if ids[-1] in set(stops):

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
+from tests.bank.test_mount import merged, random_adapter
 
 from lorchestra.bank import Bank
 from lorchestra.evaluate.answer import Sampling, answers
 from lorchestra.evaluate.parity import parity
-from tests.bank.test_mount import merged, random_adapter
 
 PROMPTS = [[5, 6, 7, 8], [20, 21, 22]]
 

@@ -103,6 +103,15 @@ def test_the_sentence(case: str) -> None:
     assert "%" not in found.sentence or "95 % interval" in found.sentence or "difference" in found.sentence
 
 
+def test_what_is_a_rival_itself_is_named_and_not_compared_with_it() -> None:
+    """A delivered sum that is a rival's differs from it by rounding alone: no reason to prefer that rival."""
+    rivals = {"clinic": answers(-2.001, 0.0, seed=2), "uniform": answers(-1, seed=3)}
+    found = verdict({**rivals, DELIVERED: answers(-2, 0.0)}, same=["clinic"])
+    assert found.sentence.startswith("The delivered model (0.5·clinic: 'clinic' alone) is better than the base")
+    assert "the best of which is equal weights (uniform)" in found.sentence
+    assert any(d.b == "clinic" for d in found.differences), "the tables keep it"
+
+
 def test_beating_the_best_on_average_is_not_beating_all() -> None:
     delivered, rivals, _, _ = CASES["beats the best on average, not a rival that varies more"]
     found = verdict({DELIVERED: delivered, **rivals})

@@ -16,7 +16,7 @@ from lorchestra.pipeline.recipe import Recipe
 
 def write_data(directory):
     chance = random.Random(0)
-    words = "fever cough pain rash nausea swelling fatigue headache dizzy cramps".split()
+    words = ["fever", "cough", "pain", "rash", "nausea", "swelling", "fatigue", "headache", "dizzy", "cramps"]
     for name in ("general", "clinic"):
         with (directory / f"{name}.jsonl").open("w") as out:
             for i in range(60):

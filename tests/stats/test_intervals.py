@@ -27,6 +27,7 @@ def test_coverage_of_the_mean(n):
     assert 0.90 <= hits / 300 <= 0.99
 
 
+@pytest.mark.slow
 def test_coverage_with_groups():
     """Ten correlated items a group: ignoring the groups would cover far less than 95 %."""
     rng = np.random.default_rng(1)

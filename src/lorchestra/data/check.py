@@ -20,7 +20,7 @@ FEW_TRAIN, FEW_HELD_OUT = 50, 20
 SHOWN = 3  # rendered examples a stage
 
 
-class EmptyPart(DataError):
+class EmptyPartError(DataError):
     """Nothing fell into a part of the split (``part``) that should have a share of the examples."""
 
     def __init__(self, message: str, part: str) -> None:
@@ -167,7 +167,7 @@ def _refuse_empty(stage: StageData, spec: SplitSpec) -> None:
     groups = len({example.group for _, examples in stage.splits.parts() for example in examples})
     for part, examples in stage.splits.parts():
         if not examples and getattr(spec, part) > 0:
-            raise EmptyPart(
+            raise EmptyPartError(
                 f"stage {stage.name}: the {part} part is empty. Its {total} examples make {groups} groups, and a hash "
                 f"puts {getattr(spec, part):.0%} of the groups there. Give more examples, a larger share, another "
                 "seed, or a group column with more values",

@@ -11,7 +11,11 @@ import torch
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose tokens. ``temperature`` 0 is greedy; ``max_new_tokens`` bounds an answer."""
+    """How to choose tokens. ``temperature`` 0 is greedy; ``max_new_tokens`` bounds an answer.
+
+    ``repetition_penalty`` (1: none) divides the odds of tokens that the answer has already (Keskar et al. 2019,
+    arXiv 1909.05858).
+    """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -56,11 +60,21 @@ def answers(
         input_ids=input_ids,
         attention_mask=mask,
         max_new_tokens=sampling.max_new_tokens,
-        repetition_penalty=sampling.repetition_penalty,
+        repetition_penalty=1.0,  # not the model's own taste, and ours on the answer alone:
+        logits_processor=_penalty(sampling.repetition_penalty, width),
         eos_token_id=stop_ids(model, tokenizer, stop),
         **kwargs,
     )
     return [tokenizer.decode(row[width:], skip_special_tokens=True).strip() for row in out]
+
+
+def _penalty(penalty: float, width: int) -> Any:
+    """The repetition penalty on the answer's own tokens: in the prompt's, the end of a turn would be penalised too."""
+    from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+    if penalty == 1.0:
+        return LogitsProcessorList()
+    return LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=width)])
 
 
 def stop_ids(model: Any, tokenizer: Any, stop: int | None = None) -> list[int]:

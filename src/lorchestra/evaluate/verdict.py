@@ -57,6 +57,7 @@ def judge(
     stages: Sequence[str],
     betas: Mapping[str, float],
     recipe_of: str,
+    same: Sequence[str] = (),
     candidates: int = 0,
     validation_items: int = 0,
 ) -> Verdict:
@@ -67,6 +68,8 @@ def judge(
         stages: the stages whose own domain is among the domains.
         betas: domain → β of the preference domains.
         recipe_of: what was delivered, in words (``0.3·general + 0.7·clinic``).
+        same: rivals with the very coefficients of what was delivered; rounding alone tells them apart, so the sentence
+            does not compare them.
         candidates: coefficients that were tried on λ-validation.
         validation_items: items each was tried on.
     """
@@ -93,7 +96,8 @@ def judge(
         *_staging_note(against),
         *_size_notes(groups, candidates, validation_items, len(against)),
     ]
-    sentence = _sentence(recipe_of, against, draws)
+    named = f"{recipe_of}: {_called(same[0])}" if same else recipe_of
+    sentence = _sentence(named, {rival: found for rival, found in against.items() if rival not in same}, draws)
     return Verdict(sentence, tuple(notes), models, domains, tuple(rows), tuple(found))
 
 

@@ -141,6 +141,7 @@ def evaluate_step(
         stages=[stage.name for stage in recipe.stages if stage.name in domains],
         betas={name: beta for name, beta in betas(recipe).items() if name in domains},
         recipe_of=mixture(chosen.weights),
+        same=_same(prepared, models, chosen, merged),
         candidates=tried,
         validation_items=int(chosen.search["validation_items"]) if chosen.search else 0,
     )
@@ -150,6 +151,17 @@ def evaluate_step(
     ]
     samples = json.loads((step.directory / "samples.json").read_text(encoding="utf-8"))
     return Judged(verdict, samples, ledger, step)
+
+
+def _same(
+    prepared: Prepared, models: Mapping[str, Mapping[str, float]], chosen: Chosen, merged: Path | None
+) -> list[str]:
+    """Rivals that are the delivered sum itself, where nothing was truncated or rounded on the way."""
+    recipe = prepared.recipe
+    if recipe.fusion.rank is not None or (merged is not None and recipe.deliver.dtype != "float32"):
+        return []
+    key = weights_key(chosen.weights)
+    return [name for name, weights in models.items() if name != "base" and weights_key(weights) == key]
 
 
 def mixture(weights: Mapping[str, float]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.base.home import home
 from lorchestra.base.load import choose_device, choose_dtype, load_base
-from lorchestra.data.check import EmptyPart
+from lorchestra.data.check import EmptyPartError
 from lorchestra.errors import UserError
 from lorchestra.events import SILENT, Reporter
 from lorchestra.pipeline.cache import StepCache, storage
@@ -123,7 +123,7 @@ def data_lines(prepared: Prepared) -> list[str]:
 def _prepared(recipe: Recipe, validation_optional: bool, reporter: Reporter) -> Prepared:
     try:
         return prepare(recipe, reporter)
-    except EmptyPart as empty:
+    except EmptyPartError as empty:
         if empty.part != "validation" or not validation_optional:
             raise
         reporter.say("warning: too few examples to hold some back: trained without validation, to the last step")
