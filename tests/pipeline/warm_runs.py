@@ -1,8 +1,8 @@
 """A warm process that carries out runs in forked children and kills them: imports are paid once.
 
 Run as a script. It says ``ready``, then reads orders, a JSON object a line: recipe, data, directory, home, result, and
-how to die: by SIGKILL after ``seconds``, or just before the ``events``-th change to the file system. It answers each
-with a line ``{"killed": bool, "code": int}``.
+how to die: by SIGKILL after ``seconds``, or just before the ``events``-th change to the file system; with ``limit`` no
+file may grow beyond so many bytes. It answers each with a line ``{"killed", "code", "error": [class, text]}``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -47,14 +48,24 @@ def kill_at_change(count: int, inside: tuple[str, ...]) -> None:
 def carry_out(order: dict) -> None:
     """The child: one run."""
     os.environ["LORCHESTRA_HOME"] = order["home"]
+    from lorchestra.errors import LorchestraError
     from lorchestra.pipeline.execute import run
     from lorchestra.pipeline.recipe import Recipe
 
+    if order.get("limit"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit"], resource.RLIM_INFINITY))
     if order.get("events"):
         kill_at_change(order["events"], (order["home"], order["directory"]))
     recipe = Recipe.from_dict(order["recipe"], Path(order["data"]))
-    result = run(recipe, directory=Path(order["directory"]))
-    Path(order["result"]).write_text(json.dumps({"digests": dict(result.digests), "weights": dict(result.weights)}))
+    try:
+        result = run(recipe, directory=Path(order["directory"]))
+    except LorchestraError as error:
+        told = {"error": [type(error).__name__, str(error)]}
+    else:
+        told = {"digests": dict(result.digests), "weights": dict(result.weights)}
+    if order.get("limit"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    Path(order["result"]).write_text(json.dumps(told))
 
 
 def main() -> None:
@@ -85,6 +96,8 @@ def main() -> None:
             elif not done:
                 time.sleep(0.005)
         answer = {"killed": os.WIFSIGNALED(status), "code": os.waitstatus_to_exitcode(status)}
+        if answer["code"] == 0:
+            answer["error"] = json.loads(Path(order["result"]).read_text()).get("error")
         print(json.dumps(answer), flush=True)
 
 
