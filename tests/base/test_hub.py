@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -124,6 +127,7 @@ def test_a_killed_download_goes_on(hub, locating, located, tmp_path):
     assert found["tasks"][0]["done"] == found["tasks"][0]["total"] == len(weights) + 2
 
 
+@pytest.mark.slow
 def test_large_files_are_checked_against_their_digest(hub, located):
     weights = bytes(range(256)) * 80_000
     hub.publish("org/big", {"model.safetensors": weights})
@@ -135,6 +139,7 @@ def test_large_files_are_checked_against_their_digest(hub, located):
     assert "path" in located("org/big", **hub.environment)
 
 
+@pytest.mark.slow
 def test_two_processes_fetch_once(hub, locating):
     hub.publish("org/big", {"model.safetensors": bytes(range(256)) * 80_000})
     hub.served.stall_after = 15_000_000
@@ -177,3 +182,17 @@ def test_offline_before_it_was_ever_fetched(located):
     found = located("hf:org/tiny", HF_HUB_OFFLINE="1")
     assert found["code"] == 2
     assert "HF_HUB_OFFLINE is set" in found["text"]
+
+
+@pytest.mark.slow
+def test_the_command_line_says_it_in_words_and_exits_2(tmp_path):
+    rows = [json.dumps({"prompt": f"question {i}?", "completion": f"answer {i}."}) for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    (tmp_path / "recipe.yaml").write_text("name: x\nbase: org/tiny\nstages:\n  - {name: one, data: rows.jsonl}\n")
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "lorchestra", "run", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "could not be fetched from http://127.0.0.1:9" in " ".join(done.stderr.split())
+    assert "HF_ENDPOINT=" in done.stderr
+    assert "Traceback" not in done.stderr
