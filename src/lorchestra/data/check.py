@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lorchestra.data.example import Example
-from lorchestra.data.leakage import PARTS, Alike, alike
+from lorchestra.data.leakage import Alike, alike
 from lorchestra.data.load import Loaded
 from lorchestra.data.render import Rendered, Renderer
 from lorchestra.data.split import Splits, SplitSpec
@@ -102,25 +102,6 @@ class StageCheck:
         out["examples"] = [{"text": text, "supervised": [[*span] for span in spans]} for text, spans in self.examples]
         return out
 
-    def lines(self) -> list[str]:
-        """For people."""
-        counts = " · ".join(f"{part} {self.counts[part]}" for part in PARTS)
-        out = [f"{self.name} ({self.task}): {counts}; {self.duplicates} repeated left out"]
-        out += [f"  {line}" for source in self.sources for line in source.splitlines()]
-        out.append(
-            f"  supervised tokens: train {self.supervised['train']:,}; tokens an example: "
-            f"mean {self.lengths['mean']:.0f}, median {self.lengths['p50']:.0f}, 90 % {self.lengths['p90']:.0f}, "
-            f"99 % {self.lengths['p99']:.0f}, most {self.lengths['max']:.0f}; truncated {self.truncated}"
-        )
-        out.append(
-            f"  near-duplicates {self.near_duplicates}; leaked into held-out parts {self.leakage}; "
-            f"an answer ends with {self.end_of_turn}"
-        )
-        for number, (text, spans) in enumerate(self.examples, start=1):
-            out.append(f"  example {number}, supervised in [[ ]]:")
-            out += [f"    {line}" for line in _marked(text, spans).split("\n")]
-        return out + [f"  warning: {warning}" for warning in self.warnings]
-
 
 @dataclass(frozen=True)
 class Check:
@@ -136,10 +117,6 @@ class Check:
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """JSON-able; the report's ``data``."""
         return {stage.name: stage.as_dict() for stage in self.stages}
-
-    def lines(self) -> list[str]:
-        """For people."""
-        return [line for stage in self.stages for line in stage.lines()]
 
 
 def check_data(stages: Sequence[StageData], renderer: Renderer, spec: SplitSpec | None = None) -> Check:
@@ -276,18 +253,3 @@ def _warnings(
 
 def _few(items: Sequence[str]) -> str:
     return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
-
-
-def _marked(text: str, spans: Sequence[tuple[int, int]], most: int = 600) -> str:
-    """``text`` with the spans in ``[[…]]``, long stretches shortened, nothing in it that could steer a terminal."""
-    pieces, at = [], 0
-    for start, end in (*spans, (len(text), len(text))):
-        pieces.append(_shorten(text[at:start], most))
-        if end > start:
-            pieces.append(f"[[{_shorten(text[start:end], most)}]]")
-        at = end
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in "".join(pieces))
-
-
-def _shorten(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most // 2]} […] {text[-most // 2 :]}"

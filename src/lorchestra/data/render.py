@@ -135,15 +135,6 @@ class Renderer:
                     text, start = text + piece, end
         return text, spans
 
-    def describe(self, rendered: Rendered) -> str:
-        """The text, with the supervised parts in ``[[…]]``."""
-        text, spans = self.spans(rendered)
-        out, at = "", 0
-        for start, end in spans:
-            out += f"{text[at:start]}[[{text[start:end]}]]"
-            at = end
-        return out + text[at:]
-
     # How
 
     def _last_turns(self, example: Example, answers: Sequence[str]) -> Rendered:

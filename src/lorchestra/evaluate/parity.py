@@ -50,22 +50,6 @@ def logits_of(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     return [model(input_ids=torch.tensor([list(ids)], device=device)).logits[0].float().cpu() for ids in prompts]
 
 
-def parity(bank: Bank, weights: Mapping[str, float], merged: Any, prompts: Sequence[Sequence[int]]) -> Parity:
-    """Compare a merged model with the base + adapters that it was made from.
-
-    Args:
-        bank: the base with the adapters mounted.
-        weights: their coefficients in the merge.
-        merged: the merged transformers model.
-        prompts: token ids; a few real ones are enough.
-    """
-    with bank.using({}):
-        base = logits_of(bank.model, prompts)
-    with bank.using(weights):
-        adapted = logits_of(bank.model, prompts)
-    return Parity.of(base, adapted, logits_of(merged, prompts))
-
-
 def merged_parity(
     base: Path,
     merged: Path,
@@ -74,14 +58,16 @@ def merged_parity(
     prompts: Sequence[Sequence[int]],
     device: str = "auto",
 ) -> Parity:
-    """:func:`parity` of a merged model directory, in float32, with one model in memory at a time.
+    """Compare a merged model directory with the base + adapters that it was made from.
+
+    In float32, with one model in memory at a time.
 
     Args:
         base: the directory that was merged into.
         merged: what came of it.
         adapters: name → adapter.
         weights: their coefficients in the merge.
-        prompts: token ids.
+        prompts: token ids; a few real ones are enough.
         device: see :func:`lorchestra.base.load.choose_device`.
     """
     plain, adapted = _logits(base, device, adapters, [{}, weights], prompts)
