@@ -107,7 +107,7 @@ def choose_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
 
 
 def load_base(
-    directory: Path, *, name: str = "", device: str = "auto", dtype: str = "auto", allow_remote_code: bool = False
+    directory: Path, *, name: str = "", device: str = "auto", dtype: str = "auto"
 ) -> Base:
     """Load a model directory, frozen and in eval mode.
 
@@ -116,7 +116,6 @@ def load_base(
         name: what the base is called in lineages (its source, so that it can be found again).
         device: see :func:`choose_device`.
         dtype: see :func:`choose_dtype`.
-        allow_remote_code: run Python that the model brings along; only for models you trust.
 
     Raises:
         SourceError: transformers cannot load it.
@@ -130,9 +129,10 @@ def load_base(
     kind = choose_dtype(where, dtype)
     identity = fingerprint(directory, name or source_name(directory))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=allow_remote_code)
+        # Said outright, else transformers asks at the terminal whether to run the Python that a model brings along.
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=kind, use_safetensors=True, trust_remote_code=allow_remote_code
+            directory, dtype=kind, use_safetensors=True, trust_remote_code=False
         )
     except Exception as error:  # a foreign directory: the Rust tokenizers raise bare Exceptions, transformers anything
         raise SourceError(f"{directory} cannot be loaded as a causal language model: {error}") from error

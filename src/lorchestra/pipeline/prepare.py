@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lorchestra.adapter.adapter import Adapter, BaseId
 from lorchestra.adapter.digest import json_digest
-from lorchestra.base.fingerprint import fingerprint
+from lorchestra.base.fingerprint import config_digest, fingerprint
 from lorchestra.base.load import prepare_base
 from lorchestra.base.locate import SourceLock, locate, parse_source
 from lorchestra.data.check import Check, StageData, check_data
@@ -45,11 +46,10 @@ class Prepared:
     check: Check
     adapters: Mapping[str, Adapter]
 
-    @property
-    def pad_id(self) -> int:
-        """Token id for padding."""
-        tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return int(next(token for token in tokens if token is not None))
+    @cached_property
+    def base_digest(self) -> str:
+        """Of the function that the base computes: its weights and its configuration."""
+        return json_digest([self.base.weights, config_digest(self.directory)])
 
 
 def prepare(recipe: Recipe, reporter: Reporter = SILENT, fetch: bool = True) -> Prepared:
@@ -69,7 +69,7 @@ def prepare(recipe: Recipe, reporter: Reporter = SILENT, fetch: bool = True) -> 
     name = str(path.resolve()) if path.exists() else source  # adapters record it, to find their base again
     base = fingerprint(directory, name)
     _lock(recipe, recipe.base, base.weights)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     renderer = Renderer(tokenizer, recipe.max_length, recipe.supervise)
     for note in renderer.notes:
         reporter.say(f"note: {note}")
