@@ -108,8 +108,9 @@ MISTAKES = {
     "name": ("name: tiny", "name: Tiny Model", "r.yaml:1: name: 'Tiny Model': a name is lower-case letters, digits, - and _"),
     "number as name": ("name: clinic", "name: 3", "r.yaml:12: stages.1.name: expected a text, got 3; put it in quotes: '3'"),
     "tags": ("base: ./tiny", "base: !!python/object:os.system x", "r.yaml:2: base: a recipe has no YAML tags (!…)"),
-    "secret": ("base: ./tiny", "base: ${SECRET}/x", "r.yaml:2: base: ${SECRET} may not be used here: a recipe sees HF_ENDPOINT, HF_TOKEN, HOME, USER and names that begin with LORCHESTRA_"),
-    "secret in data": ("data: clinic.jsonl", "data: {source: '${HF_TOKN}/x'}", "r.yaml:13: stages.1.data: ${HF_TOKN} may not be used here: a recipe sees HF_ENDPOINT, HF_TOKEN, HOME, USER and names that begin with LORCHESTRA_; did you mean 'HF_TOKEN'?"),
+    "secret": ("base: ./tiny", "base: ${SECRET}/x", "r.yaml:2: base: ${SECRET} may not be used here: a recipe sees HF_ENDPOINT, HOME, USER and names that begin with LORCHESTRA_"),
+    "token": ("base: ./tiny", "base: ${HF_TOKEN}/x", "r.yaml:2: base: ${HF_TOKEN} may not be used here: a recipe sees HF_ENDPOINT, HOME, USER and names that begin with LORCHESTRA_"),
+    "secret in data": ("data: clinic.jsonl", "data: {source: '${HF_ENDPONT}/x'}", "r.yaml:13: stages.1.data: ${HF_ENDPONT} may not be used here: a recipe sees HF_ENDPOINT, HOME, USER and names that begin with LORCHESTRA_; did you mean 'HF_ENDPOINT'?"),
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from lorchestra.pipeline.recipe_words import near
 if TYPE_CHECKING:
     from lorchestra.pipeline.recipe import DataEntry
 
-ENVIRONMENT = ("HF_ENDPOINT", "HF_TOKEN", "HOME", "USER")
+ENVIRONMENT = ("HF_ENDPOINT", "HOME", "USER")
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 # A name like a/b is a hub's, unless it ends as a file does.
 _FILES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".gguf", ".gz", ".txt", ".safetensors")
