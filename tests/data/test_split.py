@@ -59,9 +59,18 @@ def test_nothing_is_lost_and_nothing_is_twice(items: list[Example]) -> None:
     assert set(kept) == {content_key(e) for e in items}
     assert len(kept) + parts.duplicates == len(items)
     order = {id(e): i for i, e in enumerate(items)}
-    for _, members in parts.parts():
-        places = [order[id(e)] for e in members]
-        assert places == sorted(places), "a part keeps the order of the input"
+    places = [order[id(e)] for e in parts.train]
+    assert places == sorted(places), "training keeps the order of the input"
+
+
+def test_the_first_held_out_examples_are_a_fair_sample_of_all_sources() -> None:
+    """A limit takes the first n: they must not all come from the source that was read first."""
+    sources = [[example(f"{name} {i}", "a", f"{name} {i}") for i in range(400)] for name in ("first", "second")]
+    parts = split([e for source in sources for e in source], SplitSpec(0.6, 0.2, 0.2))
+    for members in (parts.validation, parts.test):
+        first = sum(e.group.startswith("first") for e in members[:40])
+        # four standard deviations of a draw of 40 from two sources alike
+        assert 8 <= first <= 32
 
 
 def test_equal_but_for_case_and_space_is_repeated_and_a_new_rejected_answer_is_not() -> None:

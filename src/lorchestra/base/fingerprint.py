@@ -112,6 +112,13 @@ def _tensors(shard: Path) -> list[tuple[str, str, tuple[int, ...], int, int]]:
     return found
 
 
+def config_digest(directory: Path) -> str:
+    """SHA-256 of what ``config.json`` says of the computation: without names, versions and the number format."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    apart = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+    return json_digest({key: value for key, value in config.items() if key not in apart})
+
+
 def _files_digest(files: list[Path]) -> str:
     sha = hashlib.sha256()
     found = [path for path in files if path.exists()]

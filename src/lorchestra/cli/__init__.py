@@ -30,6 +30,15 @@ def main() -> None:
     except LorchestraError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which this module does not import
+            raise
+        print(
+            "error: the device is out of memory. Lower train.batch_size (and raise gradient_accumulation), lower "
+            "max_length, or set train.gradient_checkpointing: true; finished steps are kept",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         print(f"error: {error.strerror or error}{where}", file=sys.stderr)

@@ -47,7 +47,11 @@ class SplitSpec:
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """The three parts, each in the order of the input, and how many examples were left out as repeated."""
+    """The three parts, and how many examples were left out as repeated.
+
+    Training examples are in the order of the input. Held-out ones are in the order of their groups' hashes, so that the
+    first n of them are a fair sample of all sources, whatever n is.
+    """
 
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
@@ -69,12 +73,15 @@ def content_key(example: Example) -> tuple[str, ...]:
 
 def part_of(group: str, spec: SplitSpec) -> str:
     """``train``, ``validation`` or ``test``: a function of the seed and the normalised group, and of nothing else."""
-    digest = hashlib.sha256(f"{spec.seed}\n{normalise(group)}".encode()).digest()
-    u = int.from_bytes(digest[:8], "big") / 2**64
+    u = int.from_bytes(_hash(group, spec)[:8], "big") / 2**64
     if u < spec.train:
         return "train"
     # The two ends of the interval meet at train + validation; a share of exactly 0 gets nothing.
     return "validation" if u < spec.train + spec.validation or spec.test == 0 else "test"
+
+
+def _hash(group: str, spec: SplitSpec) -> bytes:
+    return hashlib.sha256(f"{spec.seed}\n{normalise(group)}".encode()).digest()
 
 
 def split(examples: Iterable[Example], spec: SplitSpec) -> Splits:
@@ -82,7 +89,7 @@ def split(examples: Iterable[Example], spec: SplitSpec) -> Splits:
 
     An example without a group is its own: its prompt decides.
     """
-    parts: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
+    parts: dict[str, list[tuple[bytes, Example]]] = {"train": [], "validation": [], "test": []}
     seen: set[tuple[str, ...]] = set()
     duplicates = 0
     for example in examples:
@@ -91,10 +98,9 @@ def split(examples: Iterable[Example], spec: SplitSpec) -> Splits:
             duplicates += 1
             continue
         seen.add(key)
-        parts[part_of(example.group or key[0], spec)].append(example)
-    return Splits(
-        train=tuple(parts["train"]),
-        validation=tuple(parts["validation"]),
-        test=tuple(parts["test"]),
-        duplicates=duplicates,
-    )
+        group = example.group or key[0]
+        parts[part_of(group, spec)].append((_hash(group, spec)[8:], example))
+    for part in ("validation", "test"):
+        parts[part].sort(key=lambda pair: pair[0])
+    train, validation, test = (tuple(example for _, example in part) for part in parts.values())
+    return Splits(train, validation, test, duplicates)

@@ -58,6 +58,7 @@ def judge(
     betas: Mapping[str, float],
     recipe_of: str,
     same: Sequence[str] = (),
+    budget: str = "",
     candidates: int = 0,
     validation_items: int = 0,
 ) -> Verdict:
@@ -70,6 +71,7 @@ def judge(
         recipe_of: what was delivered, in words (``0.3·general + 0.7·clinic``).
         same: rivals with the very coefficients of what was delivered; rounding alone tells them apart, so the sentence
             does not compare them.
+        budget: what the mixed baseline and the stages were trained with (tokens, parameters).
         candidates: coefficients that were tried on λ-validation.
         validation_items: items each was tried on.
     """
@@ -93,7 +95,7 @@ def judge(
     notes = [
         *_stage_notes(own, table(rows, "nll")),
         *_preference_notes(rows, found, betas),
-        *_staging_note(against),
+        *_staging_note(against, budget),
         *_size_notes(groups, candidates, validation_items, len(against)),
     ]
     named = f"{recipe_of}: {_called(same[0])}" if same else recipe_of
@@ -192,7 +194,7 @@ def _preference_notes(rows: Sequence[Row], found: Sequence[Difference], betas: M
     return notes
 
 
-def _staging_note(against: Mapping[str, Interval]) -> list[str]:
+def _staging_note(against: Mapping[str, Interval], budget: str) -> list[str]:
     if "mixed" not in against:
         return []
     interval = against["mixed"]
@@ -202,7 +204,7 @@ def _staging_note(against: Mapping[str, Interval]) -> list[str]:
         said = "One adapter trained on the mixed data beats training in stages"
     else:
         said = "Training in stages and one adapter trained on the mixed data cannot be told apart"
-    return [f"{said} (same tokens and parameters; difference of loss ratios {interval})."]
+    return [f"{said} ({budget + '; ' if budget else ''}difference of loss ratios {interval})."]
 
 
 def _size_notes(groups: int, candidates: int, validation_items: int, comparisons: int) -> list[str]:

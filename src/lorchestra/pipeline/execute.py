@@ -23,6 +23,7 @@ from lorchestra.pipeline.recipe import Recipe
 from lorchestra.pipeline.report import write_report
 from lorchestra.pipeline.training import (
     Trained,
+    budget,
     context_of,
     load_trained,
     mixed_inputs,
@@ -96,6 +97,8 @@ class _Run:
         choose_dtype(choose_device(self.recipe.device), self.recipe.dtype)  # a mistake there is told before any fetch
         self.reporter.event("run", recipe=self.recipe.name, version=version("lorchestra"))
         prepared = prepare(self.recipe, self.reporter)
+        if self.recipe.evaluate.mixed_baseline:
+            mixed_inputs(prepared, tokens=1)  # a mistake in what it needs is told before the stages are trained
         self.prepared = prepared
         self._note("data", "data", None)
         for line in prepared.check.warnings:
@@ -103,9 +106,12 @@ class _Run:
         trained = self._stages(prepared)
         adapters = {**prepared.adapters, **{name: found.adapter for name, found in trained.items()}}
         members = {name: adapters[name] for name in self.recipe.members}
+        spent = ""
         if self.recipe.evaluate.mixed_baseline:
-            mixed = mixed_inputs(prepared, sum(int(found.training["tokens"]) for found in trained.values()))
-            adapters["mixed"] = self._train(prepared, mixed).adapter
+            inputs = mixed_inputs(prepared, sum(int(found.training["tokens"]) for found in trained.values()))
+            mixed = self._train(prepared, inputs)
+            adapters["mixed"] = mixed.adapter
+            spent = budget(trained.values(), mixed)
         chosen = choose(prepared, members, self.base, self.cache, self.reporter)
         if chosen.step is not None:
             self._note("search", "search", chosen.step)
@@ -122,7 +128,9 @@ class _Run:
                 f"{merge.info['rounding_lost']:.2%} of it; parity {merge.info['parity']:.2%} (5 % allowed)"
             )
         model = merge.directory / "model" if merge else None
-        judged = evaluate_step(prepared, adapters, members, chosen, fused, model, self.base, self.cache, self.reporter)
+        judged = evaluate_step(
+            prepared, adapters, members, chosen, fused, merge, self.base, self.cache, self.reporter, spent
+        )
         if judged is not None:
             self._note("evaluate", "evaluate", judged.step)
         final = self.directory / "final"

@@ -23,7 +23,7 @@ from lorchestra.pipeline.cache import SCRATCH, Step, StepCache, step_digest, wri
 from lorchestra.pipeline.choosing import Chosen, betas, domains_of, mounted
 from lorchestra.pipeline.prepare import Prepared
 
-VERSION = 1
+VERSION = 2  # raise it when the same models would be scored otherwise
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def evaluate_inputs(
             "merged": recipe.deliver.dtype if recipe.deliver.merged else None,
         },
         {
-            "base": prepared.base.weights,
+            "base": prepared.base_digest,
             "adapters": {name: adapter.digest for name, adapter in trained.items()},
             "delivered": fused.digest,
             "domains": {name: domain.digest for name, domain in domains.items()},
@@ -103,10 +103,11 @@ def evaluate_step(
     members: Mapping[str, Adapter],
     chosen: Chosen,
     fused: Adapter,
-    merged: Path | None,
+    merged: Step | None,
     base: Base,
     cache: StepCache,
     reporter: Reporter,
+    budget: str = "",
 ) -> Judged | None:
     """Score base, mixed, every stage, the stack, uniform and what is delivered; ``None`` without a sealed test.
 
@@ -116,10 +117,12 @@ def evaluate_step(
         members: those that take part in the fusion.
         chosen: the coefficients.
         fused: the delivered adapter.
-        merged: the delivered model, if one was made; it is what the sealed test scores then.
+        merged: the step of the delivered model, if one was made; it is what the sealed test scores then, in its own
+            number format.
         base: the loaded base.
         cache: of steps.
         reporter: progress.
+        budget: what the mixed baseline and the stages were trained with, for the note on staging.
     """
     recipe = prepared.recipe
     inputs = evaluate_inputs(prepared, trained, members, fused, str(base.dtype))
@@ -142,6 +145,7 @@ def evaluate_step(
         betas={name: beta for name, beta in betas(recipe).items() if name in domains},
         recipe_of=mixture(chosen.weights),
         same=_same(prepared, models, chosen, merged),
+        budget=budget,
         candidates=tried,
         validation_items=int(chosen.search["validation_items"]) if chosen.search else 0,
     )
@@ -154,11 +158,11 @@ def evaluate_step(
 
 
 def _same(
-    prepared: Prepared, models: Mapping[str, Mapping[str, float]], chosen: Chosen, merged: Path | None
+    prepared: Prepared, models: Mapping[str, Mapping[str, float]], chosen: Chosen, merged: Step | None
 ) -> list[str]:
     """Rivals that are the delivered sum itself, where nothing was truncated or rounded on the way."""
     recipe = prepared.recipe
-    if recipe.fusion.rank is not None or (merged is not None and recipe.deliver.dtype != "float32"):
+    if recipe.fusion.rank is not None or (merged is not None and merged.info["dtype"] != "float32"):
         return []
     key = weights_key(chosen.weights)
     return [name for name, weights in models.items() if name != "base" and weights_key(weights) == key]
@@ -177,7 +181,7 @@ def _evaluate(
     domains: Mapping[str, Domain],
     asked: list[tuple[str, Example]],
     fused: Adapter,
-    merged: Path | None,
+    merged: Step | None,
     base: Base,
     reporter: Reporter,
 ) -> dict[str, Any]:
@@ -204,7 +208,7 @@ def _evaluate(
         delivered, using = base, ExitStack()
         with using:
             if merged is not None:
-                delivered = load_base(merged, device=str(base.device), dtype=str(base.dtype).removeprefix("torch."))
+                delivered = load_base(merged.directory / "model", device=str(base.device), dtype=merged.info["dtype"])
             else:
                 bank.load("fused", fused)
                 using.enter_context(bank.using({"fused": 1.0}))

@@ -68,18 +68,19 @@ def prepare(recipe: Recipe, reporter: Reporter = SILENT, fetch: bool = True) -> 
     path = where / Path(source).expanduser()
     name = str(path.resolve()) if path.exists() else source  # adapters record it, to find their base again
     base = fingerprint(directory, name)
-    _lock(recipe, recipe.base, base.weights)
+    lock = SourceLock(recipe.path.with_suffix(".lock.json"), reporter) if recipe.path else None
+    _pin(lock, recipe, recipe.base, base.weights)
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     renderer = Renderer(tokenizer, recipe.max_length, recipe.supervise)
     for note in renderer.notes:
         reporter.say(f"note: {note}")
     data = {
-        stage.name: _stage_data(recipe, stage.name, stage.task, stage.data, renderer, reporter, fetch)
+        stage.name: _stage_data(recipe, stage.name, stage.task, stage.data, renderer, lock, reporter, fetch)
         for stage in recipe.stages
     }
     spec = split_spec(recipe)
     for extra, entries in recipe.evaluate.domains.items():
-        data[extra] = _stage_data(recipe, extra, "sft", entries, renderer, reporter, fetch)
+        data[extra] = _stage_data(recipe, extra, "sft", entries, renderer, lock, reporter, fetch)
     check = check_data([data[stage.name] for stage in recipe.stages], renderer, spec)
     adapters = {}
     for key, text in recipe.adapters.items():
@@ -109,20 +110,21 @@ def _stage_data(
     task: Any,
     entries: Sequence[DataEntry],
     renderer: Renderer,
+    lock: SourceLock | None,
     reporter: Reporter,
     fetch: bool,
 ) -> StageData:
     loaded = []
     for entry in entries:
         found = load_examples(entry.spec(), task, relative_to=recipe.directory, reporter=reporter, fetch=fetch)
-        _lock(recipe, entry.source, found.content)
+        _pin(lock, recipe, entry.source, found.content)
         loaded.append(replace(found, source=entry.source))  # as written: a lineage keeps no environment
     splits = split([example for found in loaded for example in found.examples], split_spec(recipe))
     return StageData.render(name, task, loaded, splits, renderer)
 
 
-def _lock(recipe: Recipe, text: str, digest: str) -> None:
+def _pin(lock: SourceLock | None, recipe: Recipe, text: str, digest: str) -> None:
     """Sources of a recipe that lies in a file are pinned beside it; data by a local path may change freely."""
     here = (recipe.directory / Path(text.split("#sha256=")[0]).expanduser()).exists()
-    if recipe.path is not None and parse_source(text, is_path=here).kind != "path":
-        SourceLock(recipe.path.with_suffix(".lock.json")).check(text, digest)
+    if lock is not None and parse_source(text, is_path=here).kind != "path":
+        lock.check(text, digest)

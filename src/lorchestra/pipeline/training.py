@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.base.load import Base
 from lorchestra.data.render import Rendered
+from lorchestra.errors import UserError
 from lorchestra.events import Reporter
 from lorchestra.pipeline.cache import SCRATCH, Step, StepCache, step_digest, write_json
 from lorchestra.pipeline.prepare import Prepared, rendered_digest
@@ -19,7 +20,7 @@ from lorchestra.pipeline.recipe import Recipe, Stage
 from lorchestra.train.settings import ContextMember, Objective
 from lorchestra.train.stage import StageInputs, train_stage
 
-VERSION = 1  # raise it when the same settings would train another adapter
+VERSION = 2  # raise it when the same settings would train another adapter
 UNIMPORTANT = {"report_to", "checkpoint_every"}  # they do not change the adapter
 
 
@@ -53,35 +54,60 @@ def mixed_inputs(prepared: Prepared, tokens: int) -> StageInputs:
     """One adapter on all stages' data mixed, with the stages' parameters and tokens.
 
     Its rank is the sum of the stages' ranks at the first stage's scale; it sees every stage's training examples (of
-    a preference pair the chosen answer), for ``tokens`` tokens: as many as the stages processed together.
+    a preference pair the chosen answer), for ``tokens`` tokens: as many as the stages processed together. Its best
+    checkpoint is chosen on the validation examples of every stage, as many as that stage used; it does not stop early.
+
+    Raises:
+        UserError: the stages change different modules, so that no one rank has their parameters.
     """
     recipe = prepared.recipe
     first = recipe.stages[0]
     lora = recipe.lora_of(first)
+    targets = {recipe.lora_of(stage).target_modules for stage in recipe.stages}
+    if len(targets) > 1:
+        raise UserError(
+            "evaluate.mixed_baseline: the stages have different target_modules, so one adapter cannot have as many "
+            "parameters as they have together; give them the same, or leave the baseline out"
+        )
     rank = sum(recipe.lora_of(stage).rank for stage in recipe.stages)
     alpha = {"lora": lora.scale * rank, "rslora": lora.scale * math.sqrt(rank), "constant": lora.scale}[lora.scaling]
-    items: dict[str, list[Rendered]] = {"train": [], "validation": []}
+    items: list[Rendered] = []
+    validation: list[Rendered] = []
     for stage in recipe.stages:
-        for part, kept in items.items():
-            kept += [Rendered(r.prompt, r.branches[:1], r.truncated) for r in prepared.data[stage.name].rendered[part]]
+        rendered = prepared.data[stage.name].rendered
+        items += _chosen(rendered["train"])
+        validation += _chosen(rendered["validation"][: recipe.train_of(stage).eval_limit])
     train = recipe.train_of(first)
-    a_step = (
-        sum(item.length for item in items["train"])
-        / len(items["train"])
-        * train.batch_size
-        * train.gradient_accumulation
-    )
+    steps_an_epoch = math.ceil(math.ceil(len(items) / train.batch_size) / train.gradient_accumulation)
+    a_step = sum(item.length for item in items) / steps_an_epoch
+    settings = {"max_steps": max(1, round(tokens / a_step)), "eval_every": None, "eval_limit": None, "patience": None}
     return StageInputs(
         name="mixed",
         objective=Objective(),
         lora=lora.model_copy(update={"rank": rank, "alpha": alpha}),
-        train=train.model_copy(update={"max_steps": max(1, round(tokens / a_step)), "eval_every": None}),
-        items=items["train"],
-        validation=items["validation"],
+        train=train.model_copy(update=settings),
+        items=items,
+        validation=validation,
         context={},
         init_seed=recipe.seeds.init,
         data_seed=recipe.seeds.data,
+        data={found.source: found.digest for stage in recipe.stages for found in prepared.data[stage.name].loaded},
     )
+
+
+def budget(stages: Iterable[Trained], mixed: Trained) -> str:
+    """``mixed: 270,102 tokens, 7,326,720 parameters; in stages: 270,455 tokens, 7,326,720 parameters``."""
+
+    def spent(trained: Iterable[Trained]) -> str:
+        training = [found.training for found in trained]
+        tokens, parameters = (sum(int(t[key]) for t in training) for key in ("tokens", "trainable"))
+        return f"{tokens:,} tokens, {parameters:,} parameters"
+
+    return f"mixed: {spent([mixed])}; in stages: {spent(list(stages))}"
+
+
+def _chosen(items: Sequence[Rendered]) -> list[Rendered]:
+    return [Rendered(item.prompt, item.branches[:1], item.truncated) for item in items]
 
 
 def stage_digest(prepared: Prepared, inputs: StageInputs, device: str, dtype: str) -> str:
@@ -97,7 +123,8 @@ def stage_digest(prepared: Prepared, inputs: StageInputs, device: str, dtype: st
         "dtype": dtype,
     }
     needs = {
-        "base": prepared.base.weights,
+        "base": prepared.base_digest,
+        "data": dict(inputs.data or {}),
         "train": rendered_digest(inputs.items),
         "validation": rendered_digest(inputs.validation),
         "context": {name: adapter.digest for name, (adapter, _) in inputs.context.items()},

@@ -1,0 +1,68 @@
+"""What a training step depends on, and the mixed baseline: equal parameters, equal tokens, a fair validation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from tests.pipeline.test_execute import recipe_dict, write_data
+
+from lorchestra.errors import UserError
+from lorchestra.pipeline.execute import run
+from lorchestra.pipeline.prepare import prepare
+from lorchestra.pipeline.recipe import Recipe
+from lorchestra.pipeline.training import mixed_inputs, stage_digest, stage_inputs
+
+
+@pytest.fixture
+def data(tmp_path):
+    write_data(tmp_path)
+    return tmp_path
+
+
+def test_the_mixed_baseline_has_the_stages_parameters_and_tokens(data, tiny_dir):
+    train = {"max_steps": None, "epochs": 2, "batch_size": 7, "eval_limit": 3, "patience": 1, "learning_rate": 1e-3}
+    recipe = Recipe.from_dict(recipe_dict(tiny_dir, train=train), data)
+    run(recipe, directory=data / "run")
+    note = next(
+        line for line in json.loads((data / "run" / "report.json").read_text())["verdict"]["notes"] if "mixed:" in line
+    )
+    mixed, stages = (
+        [int(part.split()[0].replace(",", "")) for part in side.split(": ")[1].split(", ")]
+        for side in note.split("(")[1].split("; ")[:2]
+    )
+    assert mixed[1] == stages[1], "parameters"
+    assert mixed[0] == pytest.approx(stages[0], rel=0.03), "tokens, up to half a step"
+
+
+def test_the_mixed_baseline_is_validated_on_every_stage(data, tiny_dir):
+    recipe = Recipe.from_dict(recipe_dict(tiny_dir, train={"max_steps": 4, "eval_limit": 3, "patience": 1}), data)
+    prepared = prepare(recipe)
+    inputs = mixed_inputs(prepared, 1000)
+    firsts = [prepared.data[s.name].rendered["validation"][:3] for s in recipe.stages]
+    assert [item.prompt for item in inputs.validation] == [item.prompt for part in firsts for item in part]
+    assert inputs.train.eval_limit is None
+    assert inputs.train.patience is None
+    assert all(len(item.branches) == 1 for item in inputs.items), "of a pair, the chosen answer"
+
+
+def test_stages_of_different_modules_have_no_mixed_baseline(data, tiny_dir):
+    values = recipe_dict(tiny_dir)
+    values["stages"][0]["lora"] = {"target_modules": ["q_proj"]}
+    with pytest.raises(UserError, match="target_modules"):
+        run(Recipe.from_dict(values, data), directory=data / "run")
+    assert not (data / "home" / "steps").exists(), "told before anything is trained"
+
+
+def test_a_base_that_computes_otherwise_is_another_step(data, tiny_dir):
+    other = data / "other"
+    shutil.copytree(tiny_dir, other)
+    config = json.loads((other / "config.json").read_text())
+    digests = []
+    for change in ({}, {"transformers_version": "0.0"}, {"rms_norm_eps": 0.5}):
+        (other / "config.json").write_text(json.dumps(config | change))
+        prepared = prepare(Recipe.from_dict(recipe_dict(other), data))
+        inputs = stage_inputs(prepared, prepared.recipe.stages[0], {})
+        digests.append(stage_digest(prepared, inputs, "cpu", "torch.float32"))
+    assert digests[0] == digests[1] != digests[2]
