@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from lorchestra.base.home import home
 from lorchestra.base.locate import SourceLock, content_sha256, locate
 from lorchestra.errors import SourceError, StorageError
+from lorchestra.events import Silent
 
 ROWS = b'{"prompt": "a"}\n'
 PIN = hashlib.sha256(ROWS).hexdigest()
@@ -77,6 +82,31 @@ def test_what_a_directory_holds(folder):
     assert len({before, renamed, content_sha256(folder / "data")}) == 3
 
 
+class Listener(Silent):
+    """Keeps what it was told."""
+
+    def __init__(self):
+        self.said = []
+
+    def say(self, text):
+        self.said.append(text)
+
+
+@contextmanager
+def closed(directory):
+    """``directory`` as one that may be read and not written; permissions do not bind root, so root becomes nobody."""
+    root = os.geteuid() == 0
+    directory.chmod(0o555)
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        directory.chmod(0o755)
+
+
 class TestSourceLock:
     def test_what_is_new_is_entered_and_what_is_known_is_held_to(self, tmp_path):
         lock = SourceLock(tmp_path / "recipe.lock.json")
@@ -96,6 +126,25 @@ class TestSourceLock:
         lock.path.write_text(json.dumps(value))
         lock.check("hf:org/name", "sha256:3")
         assert lock.read()["hf:org/name"] == "sha256:3", "the way out works"
+
+    def test_a_directory_that_cannot_be_written(self):
+        listener = Listener()
+        with tempfile.TemporaryDirectory() as name:  # tmp_path would be closed to nobody altogether
+            lock = SourceLock(Path(name) / "recipe.lock.json", listener)
+            lock.check("hf:org/name", "sha256:1")
+            assert listener.said == []
+            with closed(Path(name)):
+                lock.check("hf:org/name", "sha256:1")
+                assert listener.said == [], "there is nothing to write"
+                lock.check("pip:x==1", "sha256:2")
+                lock.check("pip:y==1", "sha256:3")
+                with pytest.raises(SourceError, match="has changed since"):
+                    lock.check("hf:org/name", "sha256:3")
+            assert [p.name for p in Path(name).iterdir()] == ["recipe.lock.json"]
+            assert lock.read() == {"hf:org/name": "sha256:1"}
+        assert len(listener.said) == 1, "once is enough"
+        assert f"{lock.path} cannot be written (Permission denied)" in listener.said[0]
+        assert "copy the recipe" in listener.said[0]
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"sources": 3}', '{"sources": [1]}'])
     def test_a_damaged_lock(self, tmp_path, text):

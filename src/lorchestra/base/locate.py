@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -126,10 +127,12 @@ class SourceLock:
 
     Args:
         path: the lock file; it need not exist.
+        reporter: told, once, if nothing can be written there.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, reporter: Reporter = SILENT) -> None:
+        self.path, self.reporter = path, reporter
+        self._told = False
 
     def read(self) -> dict[str, str]:
         """Source text → sha256.
@@ -145,7 +148,7 @@ class SourceLock:
             raise SourceError(f"{self.path} is not a lock file ({error}); delete it to start a new one") from error
 
     def check(self, text: str, digest: str) -> None:
-        """Compare with the lock, or enter what is new.
+        """Compare with the lock, or enter what is new if its directory can be written.
 
         Raises:
             SourceError: the source has changed since it was locked.
@@ -158,4 +161,17 @@ class SourceLock:
             )
         if text not in known:
             known[text] = digest
-            write_whole(self.path, json.dumps({"schema": 1, "sources": dict(sorted(known.items()))}, indent=2) + "\n")
+            self._write(known)
+
+    def _write(self, sources: dict[str, str]) -> None:
+        try:
+            write_whole(self.path, json.dumps({"schema": 1, "sources": dict(sorted(sources.items()))}, indent=2) + "\n")
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            if not self._told:  # a recipe may be shared, or on a read-only disk; it can be run all the same
+                self._told = True
+                self.reporter.say(
+                    f"note: {self.path} cannot be written ({error.strerror}), so a later run cannot tell whether the "
+                    "recipe's sources have changed. To pin them, copy the recipe to a directory of your own"
+                )
