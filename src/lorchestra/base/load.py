@@ -106,9 +106,7 @@ def choose_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
     return torch.float32
 
 
-def load_base(
-    directory: Path, *, name: str = "", device: str = "auto", dtype: str = "auto"
-) -> Base:
+def load_base(directory: Path, *, name: str = "", device: str = "auto", dtype: str = "auto") -> Base:
     """Load a model directory, frozen and in eval mode.
 
     Args:
