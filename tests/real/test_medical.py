@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,7 +96,7 @@ def test_a_users_own_file(environment, tmp_path):
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lorchestra(
         environment, tmp_path, "ft", "--model_name_or_path", BASE, "--dataset", "sums.jsonl", "--output_dir", "sums",
-        "--max_steps", 12, "--learning_rate", 1e-3,
+        "--max_steps", 40, "--learning_rate", 1e-3,
     )  # fmt: skip
     answer = lorchestra(environment, tmp_path, "chat", "sums", "--prompt", "What is 3 plus 4?", "--max-new-tokens", 12)
-    assert "+" in answer, "the adapter's wording"
+    assert re.match(r"\d \+ \d = \d+\.", answer.strip()), f"the adapter's wording, right or wrong: {answer}"
