@@ -159,7 +159,7 @@ def test_the_same_factors_after_adamw(case, weight, steps, tmp_path):
     )  # fmt: skip
     ours = train_stage(make_tiny_model(), BASE, PAD, stage, tmp_path / "work").adapter
 
-    start = new_member(make_tiny_model(), settings, seed=5)
+    start = new_member(make_tiny_model(), settings, seed=5, name="new")
     model = peft_model(settings, start, context)
     trainable = [p for p in model.parameters() if p.requires_grad]
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}

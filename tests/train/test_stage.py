@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
+from tests.conftest import make_tiny_model
 
 from lorchestra.adapter.adapter import Adapter, BaseId
 from lorchestra.adapter.lowrank import LowRank
@@ -177,6 +179,37 @@ def test_a_changed_base_is_noticed(tiny_model, tmp_path, monkeypatch):
         run(tiny_model, tmp_path, inputs(), reporter=Meddler())
 
 
+def test_a_changed_context_is_noticed(tiny_model, tmp_path):
+    old = adapter_for(tiny_model, 1, scale=0.3)
+
+    class Meddler(Silent):
+        def event(self, kind, /, **fields):
+            if kind == "train_step":
+                next(iter(old.modules.values())).B.data[0, 0] += 1e-3
+
+    with pytest.raises(TrainingError, match="changed its frozen context"):
+        run(tiny_model, tmp_path, inputs(context={"old": (old, ContextMember())}), reporter=Meddler())
+
+
+def test_stages_in_one_process_may_differ_in_dtype(tmp_path):
+    for kind in (torch.float32, torch.bfloat16, torch.float32):
+        run(make_tiny_model().to(kind), tmp_path, inputs(), name=str(kind))
+
+
+def test_a_later_stage_starts_outside_an_earlier_one(tiny_model, tmp_path):
+    """Stages of one recipe share rank and seed, not their start; under projection A leaves the context's rows."""
+    one, two = (new_member(tiny_model, LoraSettings(), seed=0, name=name) for name in ("first", "second"))
+    assert not torch.equal(one.A[0], two.A[0])
+    first = run(tiny_model, tmp_path, inputs(), name="first").adapter
+    lora = LoraSettings(orthogonality=Orthogonality(mode="projection", against_context=True))
+    given = replace(inputs(context={"first": (first, ContextMember())}), name="second", lora=lora)
+    second = run(tiny_model, tmp_path, given, name="second").adapter
+    for path, update in second.modules.items():
+        _, _, V = torch.linalg.svd(first.modules[path].A.double(), full_matrices=False)
+        inside = (update.A.double() @ V.T).norm() / update.A.double().norm()
+        assert inside < 0.05, path
+
+
 def test_context_matters_and_fades(tiny_model, tmp_path):
     old = adapter_for(tiny_model, 1, scale=0.3)
     results = {}
@@ -209,7 +242,6 @@ def test_accumulation_equals_a_larger_batch(tiny_model, tmp_path):
 def test_one_step_equals_peft(tiny_model, tmp_path, rslora):
     """Training through the bank is training through PEFT: one AdamW step, float32."""
     import peft
-    from tests.conftest import make_tiny_model
 
     items = sft_items(6)
     lora = LoraSettings(rank=4, alpha=6, scaling="rslora" if rslora else "lora")
@@ -219,7 +251,7 @@ def test_one_step_equals_peft(tiny_model, tmp_path, rslora):
     ours = run(tiny_model, tmp_path, inputs(lora=lora, train=train, items=items, validation=[])).adapter
 
     reference = make_tiny_model()
-    start = new_member(reference, lora, seed=0)
+    start = new_member(reference, lora, seed=0, name="new")
     config = peft.LoraConfig(r=4, lora_alpha=6, use_rslora=rslora, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(reference, config)
     with torch.no_grad():

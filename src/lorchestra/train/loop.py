@@ -55,6 +55,7 @@ class Loop:
         log_directory: Path | None = None,
     ) -> None:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
         from transformers import get_scheduler
 
         self.bank, self.name, self.member = bank, name, member
@@ -63,6 +64,7 @@ class Loop:
         self.reporter = reporter
         self.checkpoints = Checkpoints(directory)
         reference = next(bank.model.parameters())
+        AcceleratorState._reset_state()  # it outlives its accelerator, and the stage before may have had another dtype
         self.accelerator = Accelerator(
             cpu=reference.device.type == "cpu",
             # Half-precision activations need a scaled loss; the float32 masters are unscaled before the step.
@@ -161,6 +163,7 @@ class Loop:
         row["gradient_norm"] = float(self.accelerator.clip_grad_norm_(parameters, limit))
         if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
             self._not_finite(row)
+            row["gradient_norm"] = None  # JSON has no infinity
         if self.orthogonality.mode == "projection":
             project_gradients(self.member, self.bases)
             with torch.no_grad():

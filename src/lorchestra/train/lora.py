@@ -78,14 +78,15 @@ def expected_std(settings: LoraSettings, n: int) -> float:
     }[settings.init]
 
 
-def new_member(model: nn.Module, settings: LoraSettings, seed: int) -> TrainableMember:
-    """A fresh adapter for ``model``; each module draws from its own generator, seeded by (seed, path).
+def new_member(model: nn.Module, settings: LoraSettings, seed: int, name: str = "") -> TrainableMember:
+    """A fresh adapter for ``model``; each module draws from its own generator, seeded by (seed, name, path).
 
-    So a module starts the same whichever other modules are adapted, on any device.
+    So a module starts the same whichever other modules are adapted, on any device, and stages of one recipe
+    (``name`` is the stage's) start in different directions.
     """
     factors = {}
     for path, (m, n) in target_paths(model, settings.target_modules).items():
-        digest = hashlib.sha256(f"{seed}\0{path}".encode()).digest()
+        digest = hashlib.sha256(f"{seed}\0{name}\0{path}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         factors[path] = (torch.zeros(m, settings.rank), initial_A(settings, n, generator))
     return TrainableMember(factors, settings.scale, settings.dropout)

@@ -51,6 +51,14 @@ def project_gradients(member: TrainableMember, context: Mapping[str, Tensor]) ->
             B.grad.copy_(_tangent(B.grad.T, B.T).T)
 
 
+@torch.no_grad()
+def leave_context(member: TrainableMember, context: Mapping[str, Tensor]) -> None:
+    """Remove from A what lies in the context's row space, in place: where a projection of gradients starts from."""
+    for path, A in zip(member.paths, member.A, strict=True):
+        if path in context:
+            A.sub_((A @ context[path].T) @ context[path])
+
+
 def row_bases(context: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
     """Module path → orthonormal rows ``[q, n]`` spanning the rows of all given A ``[rᵢ, n]``."""
     bases = {}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lorchestra.adapter.adapter import Adapter, BaseId, Lineage, Parent
-from lorchestra.adapter.digest import tensor_bytes
+from lorchestra.adapter.digest import adapter_digest, tensor_bytes
 from lorchestra.bank import Bank
 from lorchestra.data.render import Rendered
 from lorchestra.errors import TrainingError, UserError
@@ -23,7 +23,7 @@ from lorchestra.train.context import final_weights, first_weights
 from lorchestra.train.loop import Loop, refuse_absent_trackers
 from lorchestra.train.lora import new_member
 from lorchestra.train.objectives import Layout, PreferenceObjective, SftObjective
-from lorchestra.train.orthogonality import row_bases
+from lorchestra.train.orthogonality import leave_context, row_bases
 from lorchestra.train.schedule import BatchPlan
 from lorchestra.train.settings import ContextMember, LoraSettings, Objective, TrainSettings
 
@@ -107,7 +107,8 @@ def train_stage(
     try:
         for name, (adapter, _) in inputs.context.items():
             bank.load(name, adapter)
-        member = new_member(model, inputs.lora, inputs.init_seed).to(layout.device)
+        context_before = _context_digest(bank, inputs)
+        member = new_member(model, inputs.lora, inputs.init_seed, inputs.name).to(layout.device)
         bank.mount_trainable(inputs.name, member)
         objective: SftObjective | PreferenceObjective
         validation = list(inputs.validation)[: inputs.train.eval_limit]
@@ -126,6 +127,8 @@ def train_stage(
         bases: dict[str, torch.Tensor] = {}
         if inputs.lora.orthogonality.against_context:
             bases = {path: Q.to(layout.device) for path, Q in row_bases(_context_rows(inputs.context)).items()}
+            if inputs.lora.orthogonality.mode == "projection":
+                leave_context(member, bases)
         torch.manual_seed(inputs.data_seed)
         with _checkpointing(model, inputs.train.gradient_checkpointing):
             loop = Loop(
@@ -133,7 +136,8 @@ def train_stage(
                 schedules, bases, directory, reporter, log_directory,
             )  # fmt: skip
             progress = loop.run()
-        _assert_context_unchanged(bank, inputs)
+        if _context_digest(bank, inputs) != context_before:
+            raise TrainingError(f"stage {inputs.name!r} changed its frozen context; its adapter is not kept")
         modules = member.folded()
     finally:
         bank.unmount()
@@ -147,22 +151,21 @@ def train_stage(
 def frozen_digest(model: nn.Module) -> str:
     """SHA-256 over every parameter and buffer of ``model``, by name."""
     sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict(keep_vars=False).items()):
+    for name, tensor in sorted((*model.named_parameters(), *model.named_buffers())):
         sha.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
         if tensor.numel():
             sha.update(tensor_bytes(tensor))
     return sha.hexdigest()
 
 
-def _assert_context_unchanged(bank: Bank, inputs: StageInputs) -> None:
+def _context_digest(bank: Bank, inputs: StageInputs) -> str:
+    """SHA-256 over the context's adapters and over their mounted copies (on a CPU in float32 these are the same)."""
+    sha = hashlib.sha256()
     for name, (adapter, _) in inputs.context.items():
-        for path, layer in bank.layers().items():
-            mounted = layer.frozen.get(name)
-            if mounted is None:
-                continue
-            source = adapter.modules[path].to(device=layer.device, dtype=layer.dtype)
-            if not (torch.equal(mounted.A, source.A) and torch.equal(mounted.B, source.B)):
-                raise TrainingError(f"stage {inputs.name!r} changed its frozen context {name!r} at {path}")
+        sha.update(adapter_digest(adapter.modules).encode())
+        mounted = {path: layer.frozen[name] for path, layer in bank.layers().items() if name in layer.frozen}
+        sha.update(adapter_digest(mounted).encode())
+    return sha.hexdigest()
 
 
 def _context_rows(context: Mapping[str, tuple[Adapter, ContextMember]]) -> dict[str, list[torch.Tensor]]:
