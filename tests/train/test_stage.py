@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import replace
@@ -224,6 +225,39 @@ def test_stages_in_one_process_may_differ_in_dtype(tmp_path):
     for kind in (torch.float16, torch.bfloat16):
         assert first[kind]["loss"] == pytest.approx(first[torch.float32]["loss"], rel=2e-2), kind
         assert first[kind]["gradient_norm"] == pytest.approx(first[torch.float32]["gradient_norm"], rel=5e-2), kind
+
+
+def steep(**train):
+    """The first loss is ln 2, its gradients are beyond float16."""
+    objective = Objective(task="dpo", beta=1e7)
+    settings = TrainSettings(batch_size=4, learning_rate=1e-9, **train)
+    return inputs(objective=objective, items=pairs(22), validation=[], train=settings)
+
+
+def test_infinite_gradients_without_a_scaler_stop_the_stage(tmp_path):
+    """On a CPU accelerate has no scaler for float16: nothing would skip the step, and the factors would be lost."""
+    with pytest.raises(TrainingError, match=r"loss 0\.69.*Training diverged"):
+        run(make_tiny_model().to(torch.float16), tmp_path, steep(max_steps=2))
+
+
+def test_a_scaler_finds_its_scale_and_leaves_no_infinity_in_the_history(tmp_path, monkeypatch):
+    """What a GPU does in float16, with torch's scaler for CPUs: overflowing steps are skipped and have no norm."""
+    from accelerate import Accelerator
+
+    prepare = Accelerator.prepare
+
+    def with_scaler(self, *args, **kwargs):
+        self.scaler, self.native_amp = torch.amp.GradScaler("cpu", init_scale=2.0**24), True
+        return prepare(self, *args, **kwargs)
+
+    monkeypatch.setattr(Accelerator, "prepare", with_scaler)
+    train = TrainSettings(max_steps=24, batch_size=4, learning_rate=1e-3)
+    result = run(make_tiny_model().to(torch.float16), tmp_path, inputs(train=train))
+    norms = [row["gradient_norm"] for row in result.progress.history]
+    assert norms[0] is None
+    assert norms[-1] is not None
+    assert json.dumps(result.progress.history, allow_nan=False)
+    assert all(torch.isfinite(update.B).all() for update in result.adapter.modules.values())
 
 
 def overlap(one, two):

@@ -179,7 +179,8 @@ class Loop:
 
     def _not_finite(self, row: dict[str, Any]) -> None:
         # A scaled half-precision loss may overflow in its first steps: the scaler then skips the step by itself.
-        if self.accelerator.mixed_precision == "fp16" and math.isfinite(row["loss"]):
+        # On a CPU accelerate has none, and nothing would.
+        if self.accelerator.scaler is not None and math.isfinite(row["loss"]):
             return
         raise TrainingError(
             f"stage {self.name!r}: loss {row['loss']}, gradient norm {row['gradient_norm']} at step {row['step']}. "
