@@ -29,7 +29,7 @@ def test_every_name_is_what_its_room_has():
     from lorchestra.fusion.methods import compress, fuse
     from lorchestra.fusion.stream import merge
     from lorchestra.pipeline.execute import run
-    from lorchestra.pipeline.recipe import Recipe
+    from lorchestra.recipe.recipe import Recipe
     from lorchestra.train.peft_model import LoraConfig, get_peft_model
 
     found = (Adapter, Bank, LoraConfig, LowRank, Recipe, compress, fuse, get_peft_model, merge, run)

@@ -15,7 +15,7 @@ import pytest
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from lorchestra.pipeline.recipe import Recipe
+from lorchestra.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))

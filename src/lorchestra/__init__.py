@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lorchestra.fusion.methods import compress, fuse
     from lorchestra.fusion.stream import merge
     from lorchestra.pipeline.execute import run
-    from lorchestra.pipeline.recipe import Recipe
+    from lorchestra.recipe.recipe import Recipe
     from lorchestra.train.peft_model import LoraConfig, get_peft_model
 
     __version__: str
@@ -39,7 +39,7 @@ _HOMES = {
     "Bank": "lorchestra.bank",
     "LoraConfig": "lorchestra.train.peft_model",
     "LowRank": "lorchestra.adapter.lowrank",
-    "Recipe": "lorchestra.pipeline.recipe",
+    "Recipe": "lorchestra.recipe.recipe",
     "compress": "lorchestra.fusion.methods",
     "fuse": "lorchestra.fusion.methods",
     "get_peft_model": "lorchestra.train.peft_model",

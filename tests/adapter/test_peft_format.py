@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import make_tiny_model
 
-from lorchestra.adapter.adapter import Adapter, BaseId, Lineage, Parent
+from lorchestra.adapter.adapter import Adapter
+from lorchestra.adapter.lineage import BaseId, Lineage, Parent
 from lorchestra.adapter.lowrank import LowRank
 from lorchestra.adapter.peft_format import CONFIG, SIDECAR, WEIGHTS, effective_scales
 from lorchestra.bank import Bank, linear_shape

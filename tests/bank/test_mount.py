@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorchestra.adapter.adapter import Adapter, BaseId
+from lorchestra.adapter.adapter import Adapter
+from lorchestra.adapter.lineage import BaseId
 from lorchestra.adapter.lowrank import LowRank
 from lorchestra.bank import Bank, TrainableMember
 from lorchestra.errors import AdapterError

@@ -50,7 +50,8 @@ def lorchestra(monkeypatch, capsys, tmp_path) -> Callable[..., Told]:
 @pytest.fixture
 def make_adapter(tiny_dir, tiny_model) -> Callable[..., Path]:
     """``make_adapter(directory, seed, rank=2, size=0.1, **lineage)``: random factors on q_proj and down_proj."""
-    from lorchestra.adapter.adapter import Adapter, Lineage
+    from lorchestra.adapter.adapter import Adapter
+    from lorchestra.adapter.lineage import Lineage
     from lorchestra.adapter.lowrank import LowRank
     from lorchestra.base.fingerprint import fingerprint
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorchestra.cli.starter import GENERAL, PREFERENCE, SPECIALISED, StarterData, example_rows, recipe_text
-from lorchestra.pipeline.recipe import Recipe, Stage
+from lorchestra.recipe.recipe import Recipe
+from lorchestra.recipe.sections import Stage
 
 
 @pytest.fixture
@@ -176,7 +177,7 @@ def test_a_mistake_writes_nothing(argv, words, lorchestra, files):
     ),
 )
 def test_any_file_name_survives_the_recipe(source, base):
-    from lorchestra.pipeline.recipe_text import Document
+    from lorchestra.recipe.text import Document
 
     text = recipe_text(
         "x", base, {GENERAL: [StarterData(source, "about")], PREFERENCE: [StarterData(source, "", {"prompt": source})]}

@@ -9,7 +9,8 @@ import peft
 import pytest
 import torch
 
-from lorchestra.adapter.adapter import Adapter, Parent
+from lorchestra.adapter.adapter import Adapter
+from lorchestra.adapter.lineage import Parent
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import torch
 from tests.cli.conftest import dense_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorchestra.adapter.adapter import Adapter, Parent
+from lorchestra.adapter.adapter import Adapter
+from lorchestra.adapter.lineage import Parent
 
 IDS = torch.tensor([[1, 40, 41, 42, 90, 2], [1, 7, 8, 9, 10, 11]])
 WEIGHTS = {"a": 0.3, "b": 0.5, "c": -0.2}

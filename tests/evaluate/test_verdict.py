@@ -11,7 +11,7 @@ import pytest
 from lorchestra.errors import LorchestraError
 from lorchestra.evaluate.score import Scores
 from lorchestra.evaluate.verdict import ALL, DELIVERED, Verdict, judge
-from lorchestra.pipeline.page.comparison import Comparison
+from lorchestra.report.comparison import Comparison
 
 N = 120
 HARD = np.random.default_rng(0).uniform(5, 9, N)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from packaging.version import Version
 from tests.conftest import make_tiny_model
 
-from lorchestra.adapter.adapter import Adapter, BaseId, Lineage, Parent
+from lorchestra.adapter.adapter import Adapter
+from lorchestra.adapter.lineage import BaseId, Lineage, Parent
 from lorchestra.adapter.lowrank import LowRank
 from lorchestra.errors import AdapterError, UserError
 from lorchestra.fusion.methods import compress, fuse, linear

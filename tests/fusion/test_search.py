@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorchestra.adapter.adapter import Adapter, Lineage, Parent
+from lorchestra.adapter.adapter import Adapter
+from lorchestra.adapter.lineage import Lineage, Parent
 from lorchestra.adapter.lowrank import LowRank
 from lorchestra.errors import UserError
 from lorchestra.events import Silent

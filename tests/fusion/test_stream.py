@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import make_tiny_model, make_tiny_tokenizer
 
-from lorchestra.adapter.adapter import Adapter, BaseId, Lineage
+from lorchestra.adapter.adapter import Adapter
+from lorchestra.adapter.lineage import BaseId, Lineage
 from lorchestra.adapter.lowrank import LowRank
 from lorchestra.bank import Bank, linear_shape
 from lorchestra.errors import AdapterError, SourceError, StorageError

@@ -60,8 +60,8 @@ class TestDigest:
     def test_of_a_stage(self, tiny_dir, tmp_path):
         """Logging and checkpoint settings are ignored; everything that changes the adapter counts."""
         from lorchestra.pipeline.prepare import prepare
-        from lorchestra.pipeline.recipe import Recipe
         from lorchestra.pipeline.training import context_of, stage_digest, stage_inputs
+        from lorchestra.recipe.recipe import Recipe
 
         rows = [json.dumps({"prompt": f"question {i}?", "completion": f"answer {i}."}) for i in range(40)]
         (tmp_path / "a.jsonl").write_text("\n".join(rows))
@@ -246,7 +246,7 @@ class TestClosed:
     @pytest.mark.parametrize("what", ["directory", "home"])
     def test_a_run(self, closed, what, tiny_dir, tmp_path, monkeypatch):
         from lorchestra.pipeline.execute import run
-        from lorchestra.pipeline.recipe import Recipe
+        from lorchestra.recipe.recipe import Recipe
 
         if what == "home":
             monkeypatch.setenv("LORCHESTRA_HOME", str(closed))

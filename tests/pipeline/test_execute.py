@@ -11,7 +11,7 @@ import torch
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.errors import RecipeError
 from lorchestra.pipeline.execute import run
-from lorchestra.pipeline.recipe import Recipe
+from lorchestra.recipe.recipe import Recipe
 
 
 def write_data(directory):

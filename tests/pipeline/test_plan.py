@@ -12,7 +12,7 @@ from lorchestra.errors import UserError
 from lorchestra.pipeline.estimate import Machine
 from lorchestra.pipeline.execute import run
 from lorchestra.pipeline.plan import plan
-from lorchestra.pipeline.recipe import Recipe
+from lorchestra.recipe.recipe import Recipe
 
 MACHINE = Machine("cpu", "float32", 1e11, 1e10, 10**11)
 STEPS = ("general", "clinic", "preference", "mixed", "search", "fuse", "merge", "evaluate")

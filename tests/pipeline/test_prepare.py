@@ -10,7 +10,7 @@ import pytest
 from lorchestra.base.home import home
 from lorchestra.errors import SourceError
 from lorchestra.pipeline.prepare import prepare
-from lorchestra.pipeline.recipe import Recipe
+from lorchestra.recipe.recipe import Recipe
 
 COMMIT = "a" * 40
 

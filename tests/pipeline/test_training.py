@@ -11,8 +11,8 @@ from tests.pipeline.test_execute import recipe_dict, write_data
 from lorchestra.errors import UserError
 from lorchestra.pipeline.execute import run
 from lorchestra.pipeline.prepare import prepare
-from lorchestra.pipeline.recipe import Recipe
 from lorchestra.pipeline.training import mixed_inputs, stage_digest, stage_inputs
+from lorchestra.recipe.recipe import Recipe
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def carry_out(order: dict) -> None:
     os.environ["LORCHESTRA_HOME"] = order["home"]
     from lorchestra.errors import LorchestraError
     from lorchestra.pipeline.execute import run
-    from lorchestra.pipeline.recipe import Recipe
+    from lorchestra.recipe.recipe import Recipe
 
     if order.get("limit"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit"], resource.RLIM_INFINITY))

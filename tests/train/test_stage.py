@@ -11,7 +11,8 @@ import pytest
 import torch
 from tests.conftest import make_tiny_model
 
-from lorchestra.adapter.adapter import Adapter, BaseId
+from lorchestra.adapter.adapter import Adapter
+from lorchestra.adapter.lineage import BaseId
 from lorchestra.adapter.lowrank import LowRank
 from lorchestra.bank import Bank
 from lorchestra.data.render import Branch, Rendered

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from lorchestra.adapter.adapter import Adapter, BaseId, Lineage, Parent
+from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.directory import whole_directory
+from lorchestra.adapter.lineage import BaseId, Lineage, Parent
 from lorchestra.adapter.lowrank import LowRank
 from lorchestra.adapter.refusals import MERGE_FIRST, refuse
 from lorchestra.adapter.scales import module_scales

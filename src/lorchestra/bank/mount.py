@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorchestra.adapter.adapter import Adapter, BaseId
+from lorchestra.adapter.adapter import Adapter
+from lorchestra.adapter.lineage import BaseId
 from lorchestra.bank.layer import BankLayer, Selection, Switch, TrainableMember
 from lorchestra.errors import AdapterError
 

@@ -6,8 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from lorchestra.adapter.adapter import BaseId
 from lorchestra.adapter.digest import json_digest
+from lorchestra.adapter.lineage import BaseId
 from lorchestra.base.home import home
 from lorchestra.base.lock import locked
 from lorchestra.errors import SourceError

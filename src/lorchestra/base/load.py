@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorchestra.adapter.adapter import BaseId
+from lorchestra.adapter.lineage import BaseId
 from lorchestra.base.fingerprint import fingerprint
 from lorchestra.base.home import home
 from lorchestra.base.locate import file_sha256, locate

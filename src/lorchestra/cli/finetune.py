@@ -27,8 +27,8 @@ from lorchestra.cli.options import (
 from lorchestra.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
-    from lorchestra.pipeline.recipe import Recipe
     from lorchestra.pipeline.single import Tuned
+    from lorchestra.recipe.recipe import Recipe
 
 
 def ft(
@@ -179,7 +179,7 @@ def _refuse(asked: Mapping[str, Any], beside: list[Weighted]) -> None:
 
 
 def _recipe(task: str, asked: Mapping[str, Any], beside: list[Weighted]) -> Recipe:
-    from lorchestra.pipeline.recipe import Recipe
+    from lorchestra.recipe.recipe import Recipe
 
     share = 0.1 if asked["val_ratio"] is None else asked["val_ratio"]
     used: list[str] = []
@@ -241,7 +241,7 @@ def _entries(asked: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def name_of(path: Path, used: list[str]) -> str:
     """A stage's or adapter's name from the last part of its path, other than the ``used`` ones; it is entered there."""
-    from lorchestra.pipeline.recipe import RESERVED
+    from lorchestra.recipe.mistakes import RESERVED
 
     name = re.sub(r"[^a-z0-9_-]+", "-", path.name.lower()).strip("-_")[:56]
     if not name or not name[0].isalpha() or name in RESERVED:

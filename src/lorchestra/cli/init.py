@@ -118,7 +118,7 @@ def _source(text: str, directory: Path) -> str:
 
 def _name(directory: Path) -> str:
     """A recipe name from the directory's."""
-    from lorchestra.pipeline.recipe import NAME
+    from lorchestra.recipe.mistakes import NAME
 
     name = re.sub(r"[^a-z0-9_-]+", "-", directory.resolve().name.lower()).strip("-_")
     return name if NAME.match(name) else "my-model"

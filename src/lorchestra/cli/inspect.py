@@ -13,7 +13,7 @@ import typer
 from lorchestra.cli.options import Json
 
 if TYPE_CHECKING:
-    from lorchestra.adapter.adapter import Lineage, Parent
+    from lorchestra.adapter.lineage import Lineage, Parent
 
 
 def inspect(

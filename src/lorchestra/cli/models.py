@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorchestra.adapter.adapter import Adapter, BaseId
+from lorchestra.adapter.adapter import Adapter
+from lorchestra.adapter.lineage import BaseId
 from lorchestra.bank import Bank
 from lorchestra.base.load import Base, load_base, prepare_base
 from lorchestra.base.locate import locate

@@ -13,7 +13,7 @@ from lorchestra.cli.options import Json
 
 if TYPE_CHECKING:
     from lorchestra.pipeline.execute import RunResult
-    from lorchestra.pipeline.recipe import Recipe
+    from lorchestra.recipe.recipe import Recipe
 
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A recipe, in YAML; `lorchestra init` writes one.", show_default=False)
@@ -117,7 +117,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False
 
 def _load(path: Path, overrides: list[str] | None) -> Recipe:
     """The recipe, and whether what it names is there, before the slow imports."""
-    from lorchestra.pipeline.recipe import Recipe
+    from lorchestra.recipe.recipe import Recipe
 
     loaded = Recipe.load(path, overrides or ())
     loaded.check_sources()

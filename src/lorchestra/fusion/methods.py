@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from lorchestra.adapter.adapter import Adapter, BaseId, Lineage, Parent
+from lorchestra.adapter.adapter import Adapter
+from lorchestra.adapter.lineage import BaseId, Lineage, Parent
 from lorchestra.adapter.lowrank import concat
 from lorchestra.errors import AdapterError, UserError
 from lorchestra.fusion.core_space import CoreSpace

@@ -1,31 +1,25 @@
-"""Choosing coefficients on λ-validation, fusing, merging: the steps between training and the verdict."""
+"""Choosing coefficients on λ-validation: the step between training and delivery."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.bank import Bank
 from lorchestra.base.load import Base
-from lorchestra.errors import TrainingError
 from lorchestra.evaluate.metrics import loss_draws
-from lorchestra.evaluate.parity import merged_parity
 from lorchestra.evaluate.score import Domain, Kind, Scores, make_domain, score
 from lorchestra.events import Reporter
-from lorchestra.fusion.methods import compress, linear
 from lorchestra.fusion.search import Candidate, Weights, candidates, context_warnings, heuristic, search, weights_key
-from lorchestra.fusion.stream import merge
 from lorchestra.pipeline.cache import SCRATCH, Step, StepCache, step_digest, write_json
 from lorchestra.pipeline.prepare import Prepared
-from lorchestra.pipeline.recipe import Recipe
+from lorchestra.recipe.recipe import Recipe
 
-SEARCH_VERSION = FUSE_VERSION = 1
-MERGE_VERSION = 2  # parity in float32
-PARITY_PROMPTS = 3
+SEARCH_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -179,76 +173,3 @@ def mounted(base: Base, members: Mapping[str, Adapter]) -> Bank:
     for name, adapter in members.items():
         bank.load(name, adapter)
     return bank
-
-
-def fuse_digest(prepared: Prepared, members: Mapping[str, Adapter], weights: Mapping[str, float]) -> str:
-    """Digest of the fusion step."""
-    recipe = prepared.recipe
-    digests = {name: adapter.digest for name, adapter in members.items()}
-    settings = {"weights": dict(weights), "rank": recipe.fusion.rank, "name": recipe.name}
-    return step_digest("fuse", FUSE_VERSION, settings, {"members": digests, "base": prepared.base_digest})
-
-
-def merge_digest(prepared: Prepared, fused: Adapter) -> str:
-    """Digest of the merge step."""
-    settings = {"dtype": prepared.recipe.deliver.dtype}
-    base = prepared.base
-    companions = {"tokenizer": base.tokenizer, "template": base.template}
-    needs = {"base": prepared.base_digest, "adapter": fused.digest, **companions}
-    return step_digest("merge", MERGE_VERSION, settings, needs)
-
-
-def fuse_step(
-    prepared: Prepared, members: Mapping[str, Adapter], chosen: Chosen, cache: StepCache, reporter: Reporter
-) -> tuple[Adapter, Step]:
-    """The fused adapter: the exact sum, recompressed if the recipe gives a rank."""
-    recipe = prepared.recipe
-    digest = fuse_digest(prepared, members, chosen.weights)
-
-    def make(work: Path) -> dict[str, Any]:
-        fused = linear(members, chosen.weights, name=recipe.name)
-        retained = 1.0
-        if recipe.fusion.rank is not None:
-            fused, retained = compress(fused, rank=recipe.fusion.rank)
-        whole = replace(fused, base=prepared.base)
-        whole.save(work / "adapter")
-        return {
-            "digest": whole.digest,
-            "rank": max(update.rank for update in whole.modules.values()),
-            "retained": retained,
-            "norms": {name: adapter.norm() for name, adapter in members.items()},
-        }
-
-    step = cache.build("fuse", digest, make, reporter.say)
-    return Adapter.load(step.directory / "adapter"), step
-
-
-def merge_step(prepared: Prepared, fused: Adapter, cache: StepCache, reporter: Reporter) -> Step:
-    """The merged model, checked against base + adapter (the parity law)."""
-    dtype = prepared.recipe.deliver.dtype
-    digest = merge_digest(prepared, fused)
-
-    def make(work: Path) -> dict[str, Any]:
-        out = work / "model"
-        report = merge(prepared.directory, fused, out, dtype=dtype, reporter=reporter)
-        prompts = _prompts(prepared)
-        with reporter.task("check the merged model", len(prompts), "prompt") as task:
-            # On the CPU: two models in float32 beside the base are more than a small card holds.
-            found = merged_parity(prepared.directory, out, {"fused": fused}, {"fused": 1.0}, prompts, "cpu")
-            task.advance(len(prompts))
-        if report.dtype == "float32" and not found.holds:
-            raise TrainingError(
-                f"the merged model does not answer as base + adapter do: {found.ratio:.1%} of the adapter's effect on "
-                "the logits differs (5 % is allowed). The merge is not kept"
-            )
-        return {**report.as_dict(), "parity": found.ratio}
-
-    return cache.build("merge", digest, make, reporter.say)
-
-
-def _prompts(prepared: Prepared) -> list[tuple[int, ...]]:
-    prompts = []
-    for data in prepared.data.values():
-        for item in data.rendered["train"][:PARITY_PROMPTS]:
-            prompts.append((item.prompt + item.branches[0].ids)[-256:])
-    return prompts[:PARITY_PROMPTS]

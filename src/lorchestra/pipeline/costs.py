@@ -24,7 +24,8 @@ from lorchestra.pipeline.estimate import (
     training_memory,
 )
 from lorchestra.pipeline.prepare import Prepared
-from lorchestra.pipeline.recipe import Recipe, Stage
+from lorchestra.recipe.recipe import Recipe
+from lorchestra.recipe.sections import Stage
 from lorchestra.train.context import final_weights
 from lorchestra.train.lora import target_paths
 from lorchestra.train.schedule import BatchPlan

@@ -15,12 +15,11 @@ from lorchestra.base.home import home
 from lorchestra.base.load import Base, choose_device, choose_dtype, load_base
 from lorchestra.events import SILENT, Reporter
 from lorchestra.pipeline.cache import Step, StepCache, discard, place, run_lock, storage, sweep, write_json
-from lorchestra.pipeline.choosing import Chosen, choose, fuse_step, merge_step
+from lorchestra.pipeline.choosing import Chosen, choose
+from lorchestra.pipeline.delivering import fuse_step, merge_step
 from lorchestra.pipeline.journal import Journal
 from lorchestra.pipeline.judging import Judged, evaluate_step
 from lorchestra.pipeline.prepare import Prepared, prepare
-from lorchestra.pipeline.recipe import Recipe
-from lorchestra.pipeline.report import write_report
 from lorchestra.pipeline.training import (
     Trained,
     budget,
@@ -31,6 +30,8 @@ from lorchestra.pipeline.training import (
     stage_inputs,
     train,
 )
+from lorchestra.recipe.recipe import Recipe
+from lorchestra.report.write import write_report
 
 
 @dataclass(frozen=True)

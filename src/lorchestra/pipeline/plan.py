@@ -22,13 +22,16 @@ from lorchestra.data.load import load_examples
 from lorchestra.data.split import split
 from lorchestra.events import SILENT
 from lorchestra.pipeline.cache import SCRATCH, Step, StepCache
-from lorchestra.pipeline.choosing import concluded, fuse_digest, merge_digest, search_inputs, settled
+from lorchestra.pipeline.choosing import concluded, search_inputs, settled
 from lorchestra.pipeline.costs import Cost, Costs, Outlook, outlook_of
+from lorchestra.pipeline.delivering import fuse_digest, merge_digest
 from lorchestra.pipeline.estimate import Machine, Shape, empty_model, measure, shape_of
 from lorchestra.pipeline.judging import evaluate_inputs
 from lorchestra.pipeline.prepare import Prepared, prepare, split_spec
-from lorchestra.pipeline.recipe import Recipe, Stage, expand
 from lorchestra.pipeline.training import Trained, context_of, load_trained, mixed_inputs, stage_digest, stage_inputs
+from lorchestra.recipe.recipe import Recipe
+from lorchestra.recipe.sections import Stage
+from lorchestra.recipe.sources import expand
 from lorchestra.train.stage import StageInputs
 
 State = Literal["here", "to fetch", "each run", "cached", "begun", "to do"]

@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lorchestra.adapter.adapter import Adapter, BaseId
+from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.digest import json_digest
+from lorchestra.adapter.lineage import BaseId
 from lorchestra.base.fingerprint import config_digest, fingerprint
 from lorchestra.base.load import prepare_base
 from lorchestra.base.locate import SourceLock, locate, parse_source
@@ -19,7 +20,9 @@ from lorchestra.data.render import Rendered, Renderer
 from lorchestra.data.split import SplitSpec, split
 from lorchestra.errors import AdapterError
 from lorchestra.events import SILENT, Reporter
-from lorchestra.pipeline.recipe import DataEntry, Recipe, expand
+from lorchestra.recipe.recipe import Recipe
+from lorchestra.recipe.sections import DataEntry
+from lorchestra.recipe.sources import expand
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from lorchestra.errors import UserError
 from lorchestra.events import SILENT, Reporter
 from lorchestra.pipeline.cache import StepCache, storage
 from lorchestra.pipeline.prepare import Prepared, prepare
-from lorchestra.pipeline.recipe import Recipe, Split
 from lorchestra.pipeline.training import context_of, load_trained, stage_digest, stage_inputs, train
+from lorchestra.recipe.recipe import Recipe
+from lorchestra.recipe.sections import Split
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from lorchestra.errors import UserError
 from lorchestra.events import Reporter
 from lorchestra.pipeline.cache import SCRATCH, Step, StepCache, step_digest, write_json
 from lorchestra.pipeline.prepare import Prepared, rendered_digest
-from lorchestra.pipeline.recipe import Recipe, Stage
+from lorchestra.recipe.recipe import Recipe
+from lorchestra.recipe.sections import Stage
 from lorchestra.train.settings import ContextMember, Objective
 from lorchestra.train.stage import StageInputs, train_stage
 

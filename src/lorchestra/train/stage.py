@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorchestra.adapter.adapter import Adapter, BaseId, Lineage, Parent
+from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.digest import adapter_digest, tensor_bytes
+from lorchestra.adapter.lineage import BaseId, Lineage, Parent
 from lorchestra.bank import Bank
 from lorchestra.data.render import Rendered
 from lorchestra.errors import TrainingError, UserError

@@ -33,7 +33,7 @@ def render_report(data: Mapping[str, Any]) -> str:
     Args:
         data: what ``report.json`` holds. A section that is missing, ``None`` or empty is left out of the page.
     """
-    from lorchestra.pipeline.page.view import page
+    from lorchestra.report.view import page
 
     environment, style, script = _template()
     # The policy names the script by what stands between its tags, line breaks included.
@@ -112,9 +112,9 @@ def _template() -> tuple[Any, str, str]:
     """The Jinja environment, the style sheet and the script; all three are files of this package."""
     import jinja2
 
-    from lorchestra.pipeline.page.view import FILTERS
+    from lorchestra.report.view import FILTERS
 
-    loader = jinja2.PackageLoader("lorchestra", "pipeline/page")
+    loader = jinja2.PackageLoader("lorchestra", "report")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined
     )

@@ -10,12 +10,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from lorchestra.pipeline.page.comparison import Comparison
-from lorchestra.pipeline.page.drawing import finite, number
-from lorchestra.pipeline.page.figures import Line, line_chart
-from lorchestra.pipeline.page.lineage import Edge, Node, lineage
-from lorchestra.pipeline.page.values import duration, facts, flat, mapping, percent, present, records, strings
-from lorchestra.pipeline.page.weights import fusion_section, merge_section, search_section
+from lorchestra.report.comparison import Comparison
+from lorchestra.report.drawing import finite, number
+from lorchestra.report.figures import Line, line_chart
+from lorchestra.report.lineage import Edge, Node, lineage
+from lorchestra.report.values import duration, facts, flat, mapping, percent, present, records, strings
+from lorchestra.report.weights import fusion_section, merge_section, search_section
 
 _INK = -1
 

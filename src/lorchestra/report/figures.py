@@ -14,7 +14,7 @@ from typing import Literal
 
 from markupsafe import Markup
 
-from lorchestra.pipeline.page.drawing import Scale, element, finite, hue_class, number, ramp, shortened, spanned, tick
+from lorchestra.report.drawing import Scale, element, finite, hue_class, number, ramp, shortened, spanned, tick
 
 _POINTS = 300  # more steps than a chart has pixels are averaged in equal runs
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorchestra.errors import RecipeError
-from lorchestra.pipeline.recipe_words import Location, Problem, near, shown
+from lorchestra.recipe.words import Location, Problem, near, shown
 
 SHOWN = 8  # problems in one message
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Literal
 from lorchestra.base.locate import locate
 from lorchestra.base.source import parse_source
 from lorchestra.errors import DataError, RecipeError, SourceError
-from lorchestra.pipeline.recipe_words import near
+from lorchestra.recipe.words import near
 
 if TYPE_CHECKING:
-    from lorchestra.pipeline.recipe import DataEntry
+    from lorchestra.recipe.sections import DataEntry
 
 ENVIRONMENT = ("HF_ENDPOINT", "HOME", "USER")
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")

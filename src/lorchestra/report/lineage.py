@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from lorchestra.pipeline.page.drawing import element, hue_class, number, shortened
+from lorchestra.report.drawing import element, hue_class, number, shortened
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorchestra.pipeline.page.drawing import finite, number, spanned
-from lorchestra.pipeline.page.figures import Candidate, bar, colour_bar, interval_strip, score_span, simplex
-from lorchestra.pipeline.page.values import duration, mapping, percent, records, strings
+from lorchestra.report.drawing import finite, number, spanned
+from lorchestra.report.figures import Candidate, bar, colour_bar, interval_strip, score_span, simplex
+from lorchestra.report.values import duration, mapping, percent, records, strings
 
 _SHOWN = 20  # candidates in the open; the rest is folded away
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorchestra.pipeline.page.drawing import finite, spanned
-from lorchestra.pipeline.page.figures import interval_strip
-from lorchestra.pipeline.page.values import LOWER_IS_BETTER, METRICS, between, measure, records, strings
+from lorchestra.report.drawing import finite, spanned
+from lorchestra.report.figures import interval_strip
+from lorchestra.report.values import LOWER_IS_BETTER, METRICS, between, measure, records, strings
 
 _DELIVERED = ("delivered", "chosen", "fused")  # the first of these names among the models; else the last model
 _KEY_METRICS = ("preference_accuracy", "accuracy", "nll")  # what a domain's key figure shows: the first it has

@@ -9,9 +9,9 @@ import subprocess
 import zlib
 
 import pytest
-from tests.pipeline.test_report import SECTIONS, make_data
+from tests.report.test_write import SECTIONS, make_data
 
-from lorchestra.pipeline.report import write_report
+from lorchestra.report.write import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorchestra.errors import RecipeError
-from lorchestra.pipeline.recipe_text import Document
+from lorchestra.recipe.text import Document
 
 YAML_MISTAKES = {
     "tab": ("a:\n\tb: 1\n", "r.yaml:2: there is a tab here; YAML is indented with spaces"),

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from lorchestra.errors import RecipeError
-from lorchestra.pipeline.recipe import Recipe
+from lorchestra.recipe.recipe import Recipe
 
 GOOD = """\
 name: tiny

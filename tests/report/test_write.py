@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorchestra.errors import StorageError
-from lorchestra.pipeline.page.drawing import Scale, number, ramp, spanned, tick
-from lorchestra.pipeline.page.figures import Candidate, Line, line_chart, simplex
-from lorchestra.pipeline.page.values import measure, percent
-from lorchestra.pipeline.report import render_report, write_report
+from lorchestra.report.drawing import Scale, number, ramp, spanned, tick
+from lorchestra.report.figures import Candidate, Line, line_chart, simplex
+from lorchestra.report.values import measure, percent
+from lorchestra.report.write import render_report, write_report
 
 SECTIONS = {
     "lineage": ("base", "stages"),

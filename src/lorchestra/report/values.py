@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lorchestra.pipeline.page.drawing import ABSENT, finite, number
+from lorchestra.report.drawing import ABSENT, finite, number
 
 METRICS = {
     "nll": "Negative log-likelihood of a gold token, in nats",
