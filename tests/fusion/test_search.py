@@ -130,6 +130,10 @@ class TestStack:
         members = {name: adapter for name, adapter in staged().items() if name != "general"}
         assert stack_of("preference", members) is None
 
+    def test_a_context_that_had_faded_out_is_not_missed(self):
+        members = {"later": member(1, [("gone", member(0), 0.0), ("kept", member(2), 0.5)]), "kept": member(2)}
+        assert stack_of("later", members) == {"later": 1.0, "kept": 0.5}
+
 
 class TestSearch:
     def test_the_lowest_wins_and_ties_go_to_the_earlier(self):

@@ -104,6 +104,15 @@ MISTAKES = {
     "member unknown": ("candidates: 8", "members: [general, clinik]", "r.yaml:21: fusion.members: 'clinik' is no stage or adapter of this recipe; did you mean 'clinic'?"),
     "member twice": ("candidates: 8", "members: [general, general]", "r.yaml:21: fusion.members: 'general' is here twice"),
     "weight of none": ("candidates: 8", "weights: {clinik: 2}", "r.yaml:21: fusion.weights.clinik: 'clinik' is no member of the fusion; did you mean 'clinic'?"),
+    "no weight at all": ("candidates: 8", "weights: {general: 0, clinic: 0.0}", "r.yaml:21: fusion.weights: every member has weight 0, which is the base itself; give one of them at least a weight (general, clinic, preference)"),
+    "weights of nobody": ("candidates: 8", "weights: {}", "r.yaml:21: fusion.weights: every member has weight 0, which is the base itself; give one of them at least a weight (general, clinic, preference)"),
+    "last without its context": ("candidates: 8", "members: [clinic, preference], weights: last", "r.yaml:21: fusion.weights: last is 'preference' as it was trained, beside general, which is no member of the fusion; add to members, or give weights"),
+    "last alone": ("candidates: 8", "members: [preference], weights: last", "r.yaml:21: fusion.weights: last is 'preference' as it was trained, beside general, clinic, which are no members of the fusion; add to members, or give weights"),
+    "smoothed ipo": ("task: dpo", "task: dpo\n    loss: ipo\n    label_smoothing: 0.1", "r.yaml:18: stages.2.label_smoothing: belongs to loss: sigmoid; ipo has no label smoothing. Leave it out, or use loss: sigmoid"),
+    "no modules": (CLINIC, "    lora: {target_modules: []}", "r.yaml:14: stages.1.lora.target_modules: is empty, so there is nothing to train; name modules (q_proj, v_proj …), or write all-linear"),
+    "no modules for all": ("lora: {rank: 2,", "lora: {target_modules: [], rank: 2,", "r.yaml:5: lora.target_modules: is empty, so there is nothing to train; name modules (q_proj, v_proj …), or write all-linear"),
+    "required, misspelt": ("stages:", "stagse:", "r.yaml:9: stagse: unknown key 'stagse'; did you mean 'stages'?"),
+    "required in a stage, misspelt": ("name: clinic", "nmae: clinic", "r.yaml:12: stages.1.nmae: unknown key 'nmae'; did you mean 'name'?"),
     "domain is a stage": ("samples: 2", "domains: {general: x.jsonl}", "r.yaml:22: evaluate.domains.general: 'general' is a stage, which is a domain already"),
     "name": ("name: tiny", "name: Tiny Model", "r.yaml:1: name: 'Tiny Model': a name is lower-case letters, digits, - and _"),
     "number as name": ("name: clinic", "name: 3", "r.yaml:12: stages.1.name: expected a text, got 3; put it in quotes: '3'"),
@@ -131,6 +140,11 @@ def test_every_mistake_is_told_at_once_up_to_eight(load, tmp_path):
     lines = refusal(load, tmp_path, many).splitlines()
     assert len(lines) == 9
     assert lines[-1] == "… and 4 more"
+
+
+def test_last_needs_no_context_that_has_faded_to_nothing(load):
+    faded = GOOD.replace("to: 0.5", "to: 0.0")
+    assert load(faded.replace("candidates: 8", "members: [clinic, preference], weights: last"))
 
 
 def test_names_are_used_once_and_reserved_words_never(load, tmp_path):

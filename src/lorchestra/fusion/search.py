@@ -49,12 +49,15 @@ def weights_key(weights: Weights) -> str:
 def stack_of(name: str, members: Mapping[str, Adapter]) -> dict[str, float] | None:
     """The sum that member ``name`` was trained in: itself at 1, its context at the final weights, the others at 0.
 
-    ``None`` if an adapter of its context is not among the members (by digest): they cannot make up its stack.
+    ``None`` if an adapter of its context is not among the members (by digest): they cannot make up its stack. One that
+    had faded to nothing is not missed.
     """
     digests = {adapter.digest: other for other, adapter in members.items()}
     point = dict.fromkeys(members, 0.0)
     for parent in members[name].lineage.context:
         if parent.digest not in digests:
+            if parent.coefficient == 0:
+                continue
             return None
         point[digests[parent.digest]] = parent.coefficient
     return {**point, name: 1.0}

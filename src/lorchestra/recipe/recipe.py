@@ -24,7 +24,7 @@ from lorchestra.recipe.sections import (
 )
 from lorchestra.recipe.sources import source_problem
 from lorchestra.recipe.text import Document
-from lorchestra.recipe.words import Location, problems
+from lorchestra.recipe.words import Location, Problem, problems
 from lorchestra.train.settings import LoraSettings, Settings, TrainSettings
 
 
@@ -140,6 +140,14 @@ class Recipe(Settings):
         for path, text, entry, task in self.sources():
             if problem := source_problem(text, self.directory, entry, task):
                 found.append((path, problem))
+        self.refuse(found)
+
+    def refuse(self, found: Sequence[Problem]) -> None:
+        """Tell what is wrong, whoever found it, with the lines where it stands.
+
+        Raises:
+            RecipeError: unless nothing was found.
+        """
         if found:
             raise RecipeError(self._document.listed(found))
 

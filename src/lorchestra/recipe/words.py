@@ -45,8 +45,15 @@ def problems(
     for item in error.errors():
         path = tuple(part for part in item["loc"] if not _is_union_tag(part))
         found.setdefault(path, []).append(item)
+    misspelt = {
+        (*path[:-1], _nearest(str(path[-1]), _model_at(model, path[:-1]), root))
+        for path, items in found.items()
+        if items[0]["type"] == "extra_forbidden"
+    }
     out: list[Problem] = []
     for path, items in found.items():
+        if items[0]["type"] == "missing" and path in misspelt:
+            continue  # it is there, under another spelling, which is told
         # A branch of a union, or a list, is wrong only because of something inside it: that is told, this is not.
         inner = any(other[: len(path)] == path and len(other) > len(path) for other in found)
         if inner and all(item["type"] in (*_EXPECTED, "literal_error", "too_short") for item in items):
@@ -96,18 +103,28 @@ def _hint(expected: Sequence[str], got: Any) -> str:
 
 def unknown_key(key: str, model: type[BaseModel] | None, root: type[BaseModel]) -> str:
     """Says where the key belongs, or its nearest neighbour, or what there is."""
-    known = sorted([*model.model_fields, *getattr(model, "SHORTHAND", ())]) if model else []
+    known = _keys(model)
     homes: dict[str, str] = {}
     for name, home in _homes(root):
         homes[name] = f"{homes[name]} or {home}" if name in homes else home
     if key in homes:
         return f"unknown key {key!r} here; it belongs {homes[key]}"
-    nearest = difflib.get_close_matches(key, [*known, *homes], 1)
-    if nearest and nearest[0] in known:
-        return f"unknown key {key!r}; did you mean {nearest[0]!r}?"
+    nearest = _nearest(key, model, root)
+    if nearest in known:
+        return f"unknown key {key!r}; did you mean {nearest!r}?"
     if nearest:
-        return f"unknown key {key!r}; did you mean {nearest[0]!r}? It belongs {homes[nearest[0]]}"
+        return f"unknown key {key!r}; did you mean {nearest!r}? It belongs {homes[nearest]}"
     return f"unknown key {key!r}; there are {', '.join(known)}"
+
+
+def _nearest(key: str, model: type[BaseModel] | None, root: type[BaseModel]) -> str:
+    """The valid key, here or elsewhere in the recipe, that is spelt most like ``key``; empty if none is."""
+    homes = dict.fromkeys(name for name, _ in _homes(root))
+    return next(iter(difflib.get_close_matches(key, [*_keys(model), *homes], 1)), "")
+
+
+def _keys(model: type[BaseModel] | None) -> list[str]:
+    return sorted([*model.model_fields, *getattr(model, "SHORTHAND", ())]) if model else []
 
 
 def near(word: str, words: Sequence[str], cutoff: float = 0.5) -> str:
