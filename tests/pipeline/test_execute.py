@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -109,3 +110,85 @@ def test_a_search_needs_a_validation_part(tmp_path, tiny_dir):
     with pytest.raises(RecipeError, match=r"split\.validation: is 0, but fusion\.weights: search"):
         Recipe.from_dict(recipe_dict(tiny_dir, split=split), tmp_path)
     assert Recipe.from_dict(recipe_dict(tiny_dir, split=split, fusion={"weights": "later"}), tmp_path)
+
+
+def foreign_adapter(tiny_dir, directory):
+    """An adapter as PEFT itself makes and saves it: rsLoRA, no lorchestra.json."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    config = peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "up_proj"])
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_dir), config)
+    torch.manual_seed(11)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(directory)
+    return model
+
+
+def with_foreign(tiny_dir, source, **changes):
+    """Brought in: context of an sft stage, reference of a dpo stage, member of the fusion."""
+    return recipe_dict(
+        tiny_dir,
+        adapters={"old": source},
+        stages=[
+            {"name": "general", "data": "general.jsonl", "context": {"old": 0.5}},
+            {"name": "preference", "task": "dpo", "data": "pairs.jsonl", "context": {"old": 1.0}},
+        ],
+        fusion={"members": ["old", "preference"], "weights": {"old": 0.75, "preference": -0.5}},
+        evaluate={"test_limit": 4, "samples": 0},
+        **changes,
+    )
+
+
+def test_an_adapter_brought_in_is_context_reference_and_member(tmp_path, tiny_dir):
+    write_data(tmp_path)
+    foreign = foreign_adapter(tiny_dir, tmp_path / "old")
+    result = run(Recipe.from_dict(with_foreign(tiny_dir, "old"), tmp_path), directory=tmp_path / "run")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert set(report["evaluation"]["models"]) == {
+        "base", "general", "preference", "old", "stack", "uniform", "delivered"
+    }  # fmt: skip
+    said = (tmp_path / "run" / "events.jsonl").read_text()
+    assert "old does not say which weights it was trained on" in said
+
+    delivered = Adapter.load(result.adapter)
+    assert [(p.name, p.coefficient) for p in delivered.lineage.parents] == [("old", 0.75), ("preference", -0.5)]
+    digest = result.digests["preference"]
+    step = next(
+        path for path in (tmp_path / "home" / "steps").glob("stage-*/adapter") if Adapter.load(path).digest == digest
+    )
+    preference = Adapter.load(step)
+    assert [(p.name, p.coefficient) for p in preference.lineage.context] == [("old", 1.0)]
+
+    def dense(path):  # PEFT's own opinion of what it made, in float64
+        layer = foreign.base_model.model.get_submodule(path)
+        found = getattr(layer, "lora_A", None)
+        if found is None:
+            return 0.0
+        return layer.scaling["default"] * layer.lora_B["default"].weight.double() @ found["default"].weight.double()
+
+    for path, update in delivered.modules.items():
+        expected = 0.75 * dense(path) - 0.5 * preference.modules[path].dense().double()
+        torch.testing.assert_close(update.dense().double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_reference_of_a_preference_stage_is_the_base_with_the_adapter_brought_in(tmp_path, tiny_dir):
+    """Oracle: the same stage on a base into which PEFT has merged the adapter learns the same update."""
+    write_data(tmp_path)
+    merged = foreign_adapter(tiny_dir, tmp_path / "old").merge_and_unload()
+    shutil.copytree(tiny_dir, tmp_path / "merged")
+    merged.save_pretrained(tmp_path / "merged")
+    values = with_foreign(tiny_dir, "old", dtype="float32")
+    beside = run(Recipe.from_dict(values, tmp_path), directory=tmp_path / "beside")
+    values["base"] = str(tmp_path / "merged")
+    del values["adapters"], values["fusion"], values["stages"][0], values["stages"][0]["context"]
+    alone = run(Recipe.from_dict(values, tmp_path), directory=tmp_path / "alone")
+    steps = list((tmp_path / "home" / "steps").glob("stage-*/adapter"))
+    ours, theirs = (
+        next(found for path in steps if (found := Adapter.load(path)).digest == result.digests["preference"])
+        for result in (beside, alone)
+    )
+    for path, update in ours.modules.items():
+        torch.testing.assert_close(update.dense(), theirs.modules[path].dense(), rtol=5e-3, atol=1e-6)

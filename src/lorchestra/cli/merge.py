@@ -83,9 +83,10 @@ def merge(
 def _merge(base: str, members: list[Weighted], out: Path, dtype: str, device: str, as_json: bool) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; choose a new directory for the merged model")
+    from lorchestra.adapter.belonging import check_base
     from lorchestra.base.fingerprint import fingerprint
     from lorchestra.base.load import choose_device, source_name
-    from lorchestra.cli.models import base_directory, check_base, load_adapters, remarks
+    from lorchestra.cli.models import base_directory, load_adapters, remarks
     from lorchestra.cli.progress import make_reporter
     from lorchestra.fusion.methods import linear
     from lorchestra.fusion.stream import DTYPES

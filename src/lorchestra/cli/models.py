@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorchestra.adapter.adapter import Adapter
+from lorchestra.adapter.belonging import base_remarks
 from lorchestra.adapter.lineage import BaseId
 from lorchestra.bank import Bank
 from lorchestra.base.load import Base, load_base, prepare_base
 from lorchestra.base.locate import locate
 from lorchestra.cli.options import Weighted, distinct
-from lorchestra.errors import AdapterError, SourceError
+from lorchestra.errors import SourceError
 from lorchestra.events import Reporter
 
 
@@ -91,24 +92,4 @@ def remarks(adapters: Mapping[str, Adapter], weights: Mapping[str, float], base:
     """What a user should know about this mixture: contexts that are missing, templates that differ, unknown bases."""
     from lorchestra.fusion.search import context_warnings
 
-    out = [f"warning: {line}" for line in context_warnings(adapters, weights)]
-    for name, adapter in adapters.items():
-        if not adapter.base.weights:
-            out.append(f"note: {name} does not say which weights it was trained on; only shapes are checked")
-        elif base is not None and base.template and adapter.base.template not in ("", base.template):
-            out.append(f"warning: {name} was trained with another chat template than this base has")
-    return out
-
-
-def check_base(adapters: Mapping[str, Adapter], base: BaseId) -> None:
-    """Every adapter belongs to ``base``, as far as they say.
-
-    Raises:
-        AdapterError: one was trained on other weights.
-    """
-    for name, adapter in adapters.items():
-        if adapter.base.weights and adapter.base.weights != base.weights:
-            raise AdapterError(
-                f"{name} was trained on {adapter.base.name or 'another base'}, whose weights are not those of "
-                f"{base.name}; merge it into its own base"
-            )
+    return [*(f"warning: {line}" for line in context_warnings(adapters, weights)), *base_remarks(adapters, base)]

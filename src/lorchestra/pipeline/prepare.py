@@ -1,4 +1,7 @@
-"""What a run stands on: the base on disk, the data loaded, split, rendered and checked, adapters brought in."""
+"""What a run stands on: the base on disk, the data loaded, split, rendered and checked, adapters brought in.
+
+Nothing that can be known without training is left for later: modules to train are looked up, adapters are fitted.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lorchestra.adapter.adapter import Adapter
+from lorchestra.adapter.belonging import base_remarks, check_base
 from lorchestra.adapter.digest import json_digest
 from lorchestra.adapter.lineage import BaseId
+from lorchestra.bank import Bank
 from lorchestra.base.fingerprint import config_digest, fingerprint
 from lorchestra.base.load import prepare_base
 from lorchestra.base.locate import SourceLock, locate, parse_source
@@ -18,11 +23,16 @@ from lorchestra.data.check import Check, StageData, check_data
 from lorchestra.data.load import load_examples
 from lorchestra.data.render import Rendered, Renderer
 from lorchestra.data.split import SplitSpec, split
-from lorchestra.errors import AdapterError
+from lorchestra.errors import AdapterError, UserError
 from lorchestra.events import SILENT, Reporter
+from lorchestra.fusion.search import heuristic
+from lorchestra.pipeline.estimate import empty_model
+from lorchestra.recipe.mistakes import targets_place
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.recipe.sections import DataEntry
 from lorchestra.recipe.sources import expand
+from lorchestra.recipe.words import Problem
+from lorchestra.train.lora import target_paths
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,7 @@ def prepare(recipe: Recipe, reporter: Reporter = SILENT, fetch: bool = True) -> 
     Raises:
         NotHereError: something would have to be fetched, and ``fetch`` is false.
         SourceError, DataError, AdapterError: what cannot be found, read or used.
+        RecipeError: modules that the base does not have, adapters that do not fit it.
     """
     from transformers import AutoTokenizer
 
@@ -73,6 +84,15 @@ def prepare(recipe: Recipe, reporter: Reporter = SILENT, fetch: bool = True) -> 
     base = fingerprint(directory, name)
     lock = SourceLock(recipe.path.with_suffix(".lock.json"), reporter) if recipe.path else None
     _pin(lock, recipe, recipe.base, base.weights)
+    model = empty_model(directory)
+    recipe.refuse(_absent_modules(recipe, model))
+    adapters = {}
+    for key, text in recipe.adapters.items():
+        adapters[key] = Adapter.load(locate(expand(text), relative_to=where, reporter=reporter, fetch=fetch))
+        _pin(lock, recipe, text, adapters[key].digest)
+    recipe.refuse(_misfits(recipe, model, base, adapters))
+    for line in base_remarks(adapters, base):
+        reporter.say(line)
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     renderer = Renderer(tokenizer, recipe.max_length, recipe.supervise)
     for note in renderer.notes:
@@ -85,16 +105,37 @@ def prepare(recipe: Recipe, reporter: Reporter = SILENT, fetch: bool = True) -> 
     for extra, entries in recipe.evaluate.domains.items():
         data[extra] = _stage_data(recipe, extra, "sft", entries, renderer, lock, reporter, fetch)
     check = check_data([data[stage.name] for stage in recipe.stages], renderer, spec)
-    adapters = {}
-    for key, text in recipe.adapters.items():
-        adapter = Adapter.load(locate(expand(text), relative_to=where, reporter=reporter, fetch=fetch))
-        if adapter.base.weights and adapter.base.weights != base.weights:
-            raise AdapterError(
-                f"adapter {key!r} ({text}) was trained on {adapter.base.name or 'another base'}, whose weights are not "
-                f"those of {recipe.base}; use its own base, or another adapter"
-            )
-        adapters[key] = adapter
     return Prepared(recipe, directory, base, tokenizer, renderer, data, check, adapters)
+
+
+def _absent_modules(recipe: Recipe, model: Any) -> list[Problem]:
+    """Names in ``target_modules`` that no linear module of the base has."""
+    found: list[Problem] = []
+    for stage in recipe.stages:
+        try:
+            target_paths(model, recipe.lora_of(stage).target_modules)
+        except UserError as error:
+            found.append((targets_place(recipe, stage), str(error).removeprefix("target_modules: ")))
+    return found
+
+
+def _misfits(recipe: Recipe, model: Any, base: BaseId, adapters: Mapping[str, Adapter]) -> list[Problem]:
+    """Adapters of another base, by what they say or by their modules and shapes; and what ``last`` lacks of them."""
+    found: list[Problem] = []
+    bank = Bank(model, base)
+    for name, adapter in adapters.items():
+        try:
+            check_base({name: adapter}, base)
+            bank.load(name, adapter)
+        except AdapterError as error:
+            found.append((("adapters", name), str(error)))
+    bank.unmount()
+    if not found and recipe.fusion.weights == "last" and adapters.keys() >= set(recipe.members):
+        try:
+            heuristic("last", {name: adapters[name] for name in recipe.members})
+        except UserError as error:
+            found.append((("fusion", "weights"), str(error)))
+    return found
 
 
 def rendered_digest(items: Sequence[Rendered]) -> str:
