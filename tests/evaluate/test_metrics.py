@@ -12,7 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorchestra.errors import LorchestraError
-from lorchestra.evaluate.metrics import Difference, Row, differences, loss_draws, metrics, overall, smallest, table
+from lorchestra.evaluate.goal import Goal
+from lorchestra.evaluate.metrics import (
+    Difference,
+    Row,
+    differences,
+    loss_draws,
+    loss_ratios,
+    loss_table,
+    metrics,
+    overall,
+    ratio_draws,
+    smallest,
+    table,
+)
 from lorchestra.evaluate.score import Scores
 from lorchestra.stats.intervals import Interval, resample
 
@@ -63,18 +76,23 @@ NLL = st.floats(0.1, 30)
 ITEM = st.tuples(NLL, NLL, st.integers(1, 9), st.sampled_from("abcd"))
 
 
+@pytest.mark.parametrize("shared", [True, False])
 @settings(max_examples=20, deadline=None)
-@given(st.lists(ITEM, min_size=2, max_size=8))
-def test_the_loss_resamples_whole_groups_of_every_domain(items: list[tuple[float, float, int, str]]) -> None:
+@given(items=st.lists(ITEM, min_size=2, max_size=8))
+def test_the_loss_resamples_whole_groups_of_every_domain(
+    shared: bool, items: list[tuple[float, float, int, str]]
+) -> None:
+    """A patient who is in two domains is drawn in both together; domains that share nobody are drawn apart."""
     ours, base, tokens, groups = (list(column) for column in zip(*items, strict=True))
     margins = [value - 15 for value in ours]
-    scores = {"answers": answers(ours, tokens, groups), "pairs": pairs(margins, groups)}
-    bases = {"answers": answers(base, tokens, groups), "pairs": pairs(base, groups)}
+    others = groups if shared else [f"other {group}" for group in groups]
+    scores = {"answers": answers(ours, tokens, groups), "pairs": pairs(margins, others)}
+    bases = {"answers": answers(base, tokens, groups), "pairs": pairs(base, others)}
     found = loss_draws(scores, bases, {"pairs": 0.3}, resamples=20)
     preference = np.log1p(np.exp(-0.3 * (np.array(margins) - np.array(base))))
     by_hand = [
         draws_by_hand(np.array(ours), np.array(base), groups, 20, 0),
-        draws_by_hand(preference, np.full(len(items), math.log(2)), groups, 20, 1),
+        draws_by_hand(preference, np.full(len(items), math.log(2)), groups, 20, 0 if shared else 1),
     ]
     np.testing.assert_allclose(found, np.mean(by_hand, axis=0), rtol=1e-9)
     assert smallest(scores) == len(set(groups))
@@ -201,6 +219,39 @@ def test_a_broken_model_is_a_clear_error(value: float) -> None:
 def test_no_domain_is_no_loss() -> None:
     with pytest.raises(ValueError, match="at least one domain"):
         loss_draws({}, {}, {})
+
+
+def test_groups_of_several_domains_leave_no_domain_empty() -> None:
+    """One patient of thirty is in the small domain too; plain resampling would leave that domain empty now and then."""
+    many, few = answers(range(1, 31)), answers([1.0, 2.0], groups=[0, "else"])
+    found = ratio_draws({"many": many, "few": few}, {"many": many, "few": few}, {})
+    assert np.isfinite(found["few"]).all()
+    assert (found["few"] == 1).all()
+
+
+@pytest.mark.parametrize("goal", [Goal(), Goal("worst"), Goal("weighted", {"a": 3, "b": 1})], ids=lambda g: g.kind)
+def test_ratios_draws_and_table_tell_the_same(goal: Goal) -> None:
+    rng = np.random.default_rng(1)
+    names = {"a": list("ppqrs"), "b": list("rstu")}
+    base = {name: answers(rng.uniform(5, 9, len(by)), rng.integers(1, 9, len(by)), by) for name, by in names.items()}
+    models = [
+        {name: answers(rng.uniform(4, 9, len(by)), base[name].gold_tokens, by) for name, by in names.items()}
+        for _ in range(3)
+    ]
+    whole = loss_table(models, base, {})
+    assert whole.present.sum(axis=1).tolist() == [4, 4]
+    assert whole.groups == 4
+    for k, model in enumerate(models):
+        ratios = loss_ratios(model, base, {})
+        assert ratios == {d: pytest.approx(model[d].nll.sum() / base[d].nll.sum()) for d in names}
+        assert whole.ratios()[:, k] == pytest.approx(list(ratios.values()))
+        assert loss_draws(model, base, {}, goal=goal)[0] == pytest.approx(goal.value(ratios))
+
+
+def test_a_difference_says_what_it_could_have_seen() -> None:
+    (change,) = differences("a", "b", "d", answers([1.0, 2.0, 4.0]), answers([2.0, 1.0, 1.0]))
+    told = change.as_dict()
+    assert told["detectable"] == change.interval.detectable > abs(told["high"] - told["estimate"])
 
 
 def test_table() -> None:

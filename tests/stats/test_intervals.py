@@ -15,6 +15,7 @@ from lorchestra.stats.intervals import (
     paired_difference,
     proportion_interval,
     ratio_interval,
+    student,
     wilson,
 )
 
@@ -85,6 +86,33 @@ def test_a_perfect_proportion_has_a_width():
     found = proportion_interval([1.0] * 10)
     assert found.estimate == 1.0
     assert found.low < 0.75
+
+
+@pytest.mark.parametrize("n", [12, 60])
+def test_the_detectable_difference_is_found_four_times_in_five(n):
+    """A true difference of (t + t₀.₈)·SE: 400 tests of it have a standard error of two points."""
+    rng = np.random.default_rng(3)
+    error = 1 / math.sqrt(n)
+    true = float(stats.t.ppf(0.975, n - 1) + stats.t.ppf(0.8, n - 1)) * error
+    found = [mean_interval(rng.normal(true, 1, n), seed=i) for i in range(400)]
+    assert sum(interval.excludes(0.0) for interval in found) / 400 == pytest.approx(0.8, abs=0.08)
+    assert np.median([interval.detectable for interval in found]) == pytest.approx(true, rel=0.1)
+
+
+def test_nothing_is_detectable_with_one_group_and_a_proportion_does_not_say():
+    assert mean_interval([1.0, 2.0], ["g", "g"]).detectable == math.inf
+    assert wilson(3, 5).detectable is None
+
+
+@given(st.lists(st.floats(-50, 50), min_size=10, max_size=40))
+def test_the_standard_error_is_that_of_a_mean(values):
+    assert mean_interval(values).error == pytest.approx(stats.sem(values), rel=0.15, abs=1e-9)
+
+
+def test_students_interval_is_scipys():
+    found = student(2.0, 0.5, 8)
+    assert (found.low, found.high) == pytest.approx(stats.t.interval(0.95, 7, 2.0, 0.5))
+    assert student(2.0, 0.5, 1).excludes(1e9) is False
 
 
 @pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])

@@ -10,19 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorchestra.errors import LorchestraError
+from lorchestra.evaluate.goal import Goal
 from lorchestra.evaluate.score import Scores
 from lorchestra.stats.intervals import (
     RESAMPLES,
     Interval,
-    group_index,
     interval_of,
     paired_difference,
     proportion_interval,
     ratio_interval,
     resample,
 )
+from lorchestra.stats.ratios import RatioTable
 
 LOWER_IS_BETTER = ("nll", "loss_ratio")
+MEAN = Goal()
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Difference:
 
     def as_dict(self) -> dict[str, Any]:
         """Flat JSON."""
-        return {"a": self.a, "b": self.b, "domain": self.domain, "metric": self.metric, **_flat(self.interval)}
+        told = {"a": self.a, "b": self.b, "domain": self.domain, "metric": self.metric, **_flat(self.interval)}
+        return {**told, "detectable": _finite(self.interval.detectable)}
 
 
 def metrics(model: str, domain: str, scores: Scores) -> list[Row]:
@@ -94,29 +97,68 @@ def differences(a: str, b: str, domain: str, first: Scores, second: Scores) -> l
     return out
 
 
-def loss_draws(
-    scores: Mapping[str, Scores], base: Mapping[str, Scores], betas: Mapping[str, float], resamples: int = RESAMPLES
-) -> NDArray[np.float64]:
-    """Mean over domains of loss / base loss: on the sample (first) and on resamples of its groups, ``[B + 1]``.
-
-    The resamples depend on the domains alone, so the draws of two models are paired.
+def loss_ratios(
+    scores: Mapping[str, Scores], base: Mapping[str, Scores], betas: Mapping[str, float]
+) -> dict[str, float]:
+    """domain → loss / base loss: 1 at the base, lower is better; what a :class:`~lorchestra.evaluate.goal.Goal` weighs.
 
     Args:
         scores: domain → scores of a model.
         base: domain → scores of the base.
         betas: β of the preference domains.
-        resamples: B.
     """
-    total: NDArray[np.float64] | None = None
-    for number, (domain, found) in enumerate(scores.items()):
-        top, bottom = found.loss(base[domain], betas.get(domain, 0.1))
-        index = group_index(found.groups, len(found))
-        drawn = resample(int(index.max()) + 1, resamples=resamples, seed=number)
-        ratio = (drawn @ np.bincount(index, top)) / (drawn @ np.bincount(index, bottom))
-        total = ratio if total is None else total + ratio
-    if total is None:
-        raise ValueError("a loss needs at least one domain")
-    return total / len(scores)
+    sums = {name: found.loss(base[name], betas.get(name, 0.1)) for name, found in scores.items()}
+    return {name: float(top.sum() / bottom.sum()) for name, (top, bottom) in sums.items()}
+
+
+def loss_table(
+    scores: Sequence[Mapping[str, Scores]], base: Mapping[str, Scores], betas: Mapping[str, float]
+) -> RatioTable:
+    """Numerators and denominators of the :func:`loss_ratios` of many models, group by group.
+
+    A group that is in several domains is one column.
+    """
+    groups = list(dict.fromkeys(group for found in base.values() for group in found.groups))
+    numbers = {group: k for k, group in enumerate(groups)}
+    tops = np.zeros((len(base), len(scores), len(groups)))
+    bottoms = np.zeros((len(base), len(groups)))
+    present = np.zeros((len(base), len(groups)), dtype=bool)
+    for d, (name, reference) in enumerate(base.items()):
+        index = np.array([numbers[group] for group in reference.groups])
+        present[d, index] = True
+        for c, found in enumerate(scores):
+            top, bottom = found[name].loss(reference, betas.get(name, 0.1))
+            tops[d, c] = np.bincount(index, top, len(groups))
+            bottoms[d] = np.bincount(index, bottom, len(groups))
+    return RatioTable(tops, bottoms, present)
+
+
+def ratio_draws(
+    scores: Mapping[str, Scores], base: Mapping[str, Scores], betas: Mapping[str, float], resamples: int = RESAMPLES
+) -> dict[str, NDArray[np.float64]]:
+    """domain → its loss / base loss on the sample (first) and on resamples of the groups, ``[B + 1]``.
+
+    The resamples depend on the groups alone, so the draws of two models are paired. A group that is in several domains
+    is drawn in all of them together; groups of the same domains make a stratum, so that no domain is drawn empty.
+    """
+    table = loss_table([scores], base, betas)
+    drawn = np.empty((resamples + 1, table.present.shape[1]))
+    memberships = [tuple(column) for column in table.present.T]
+    for number, stratum in enumerate(dict.fromkeys(memberships)):
+        inside = np.array([membership == stratum for membership in memberships])
+        drawn[:, inside] = resample(int(inside.sum()), resamples=resamples, seed=number)
+    return {name: (drawn @ table.tops[d, 0]) / (drawn @ table.bottoms[d]) for d, name in enumerate(base)}
+
+
+def loss_draws(
+    scores: Mapping[str, Scores],
+    base: Mapping[str, Scores],
+    betas: Mapping[str, float],
+    resamples: int = RESAMPLES,
+    goal: Goal = MEAN,
+) -> NDArray[np.float64]:
+    """The goal's value of :func:`ratio_draws`, ``[B + 1]``: the mean over domains of loss / base loss, say."""
+    return goal.combined(ratio_draws(scores, base, betas, resamples))
 
 
 def overall(a: NDArray[np.float64], b: NDArray[np.float64], groups: int) -> Interval:
@@ -140,8 +182,10 @@ def table(rows: Sequence[Row], metric: str) -> dict[str, dict[str, Interval]]:
 
 def _flat(interval: Interval) -> dict[str, Any]:
     values = asdict(interval)
-    del values["level"]
-    # JSON has no infinity: an unbounded interval is null on that side.
-    return {
-        key: (None if isinstance(value, float) and not np.isfinite(value) else value) for key, value in values.items()
-    }
+    del values["level"], values["error"]
+    return {key: _finite(value) for key, value in values.items()}
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity: an unbounded interval is null on that side."""
+    return value if value is not None and np.isfinite(value) else None

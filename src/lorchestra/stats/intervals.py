@@ -20,22 +20,39 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[np.float64]
 RESAMPLES = 2000
 LEVEL = 0.95
+POWER = 0.8
 FEW = 10  # groups below which percentiles exclude the truth too often (two groups: every second time)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and the interval around it; ``n`` is the number of groups it rests on."""
+    """An estimate and the interval around it; ``n`` is the number of groups it rests on, ``error`` the standard error
+    (``None`` of a proportion)."""
 
     estimate: float
     low: float
     high: float
     n: int
     level: float = LEVEL
+    error: float | None = None
 
     def excludes(self, value: float) -> bool:
         """Whether ``value`` lies outside."""
         return value < self.low or value > self.high
+
+    @property
+    def detectable(self) -> float | None:
+        """The smallest true difference that a test with this standard error finds with a probability of 80 %.
+
+        (t₁₋α/₂ + t₀.₈)·SE: Bloom 1995, "Minimum detectable effects". ``None`` without a standard error.
+        """
+        from scipy.stats import t
+
+        if self.error is None:
+            return None
+        if self.n < 2:
+            return math.inf
+        return float(t.ppf((1 + self.level) / 2, self.n - 1) + t.ppf(POWER, self.n - 1)) * self.error
 
     def __str__(self) -> str:
         return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -71,15 +88,24 @@ def interval_of(draws: Array, n: int, level: float = LEVEL) -> Interval:
 
     estimate = float(draws[0])
     if n < 2:
-        return Interval(estimate, -math.inf, math.inf, n, level)
-    widths = math.sqrt(n / (n - 1)) * float(t.ppf((1 - level) / 2, n - 1))  # standard errors to the lower end
+        return Interval(estimate, -math.inf, math.inf, n, level, math.inf)
+    correction = math.sqrt(n / (n - 1))
+    error = correction * float(draws[1:].std())
     if n < FEW:
-        half = -widths * float(draws[1:].std())
-        return Interval(estimate, estimate - half, estimate + half, n, level)
+        return student(estimate, error, n, level)
+    widths = correction * float(t.ppf((1 - level) / 2, n - 1))  # standard errors to the lower end
     tail = float(norm.cdf(widths))
     low, high = np.quantile(draws[1:], [tail, 1 - tail])
     # Rounding may put the estimate of a constant a hair outside its own interval.
-    return Interval(estimate, min(float(low), estimate), max(float(high), estimate), n, level)
+    return Interval(estimate, min(float(low), estimate), max(float(high), estimate), n, level, error)
+
+
+def student(estimate: float, error: float, n: int, level: float = LEVEL) -> Interval:
+    """Student's interval around an estimate with standard error ``error`` from ``n`` groups."""
+    from scipy.stats import t
+
+    half = float(t.ppf((1 + level) / 2, n - 1)) * error if n > 1 else math.inf
+    return Interval(estimate, estimate - half, estimate + half, n, level, error)
 
 
 def ratio_interval(
