@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.peft_format import SIDECAR
+from lorchestra.data.example import Example, Message
+from lorchestra.evaluate.ledger import Ledger, item_digest
 
 QUESTIONS = [("fever?", "rest"), ("cough, 咳嗽?", "tea and honey"), ("rash?", "see a doctor"), ("pain?", "ice")]
 
@@ -149,3 +151,18 @@ def test_an_adapter_whose_base_is_gone(lorchestra, tiny_dir, make_adapter, sft, 
     lorchestra("eval", "a", "--data", sft).refused("does not name its base")
     found = lorchestra("eval", tiny_dir, "-a", "a", "--data", sft)
     assert found.code == 0
+
+
+def test_examples_of_a_sealed_test_are_a_reading(lorchestra, tiny_dir, make_adapter, sft, tmp_path):
+    make_adapter(tmp_path / "a", 1)
+
+    def asked(weight, *more):
+        return lorchestra("eval", tiny_dir, "-a", f"a={weight}", "--data", sft, *more)
+
+    assert json.loads(asked(1, "--json").out)["sealed_test"] is None
+    assert not Ledger.here().path.exists(), "data of one's own enters nothing"
+    turns = [(Message("user", question), Message("assistant", answer)) for question, answer in QUESTIONS]
+    Ledger.here().enter([item_digest(Example(messages)) for messages in turns[:3]], "general", "a run")
+    told = [json.loads(asked(weight, "--json").out)["sealed_test"] for weight in (1, 1, 0.5)]
+    assert told == [{"items": 3, "reads": 2}, {"items": 3, "reads": 2}, {"items": 3, "reads": 3}]
+    assert "3 of these examples belong to a sealed test, which has been read 3×, this time included." in asked(1).out

@@ -92,6 +92,16 @@ def test_a_second_run_reuses_every_step(recipe, tmp_path):
     assert [row["reads"] for row in report["evaluation"]["ledger"]] == [1, 1, 1], "a reused verdict reads nothing anew"
 
 
+def test_a_sealed_item_is_counted_whatever_test_it_stands_in(recipe, tmp_path, tiny_dir):
+    first = run(recipe, directory=tmp_path / "run")
+    assert first.readings == {"general": 1, "clinic": 1, "preference": 1}
+    evaluate = {"test_limit": 3, "samples": 0, "domains": {"extra": "general.jsonl"}}
+    shorter = Recipe.from_dict(recipe_dict(tiny_dir, max_length=80, evaluate=evaluate), tmp_path)
+    second = run(shorter, directory=tmp_path / "run")
+    # `extra` holds the very items of `general`, and its reading is the same verdict's.
+    assert second.readings == {"general": 2, "clinic": 2, "preference": 2, "extra": 2}
+
+
 def test_a_fourth_stage_retrains_none_of_the_three(recipe, tmp_path, tiny_dir):
     run(recipe, directory=tmp_path / "run")
     values = recipe_dict(tiny_dir)

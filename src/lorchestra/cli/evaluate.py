@@ -13,6 +13,7 @@ from lorchestra.cli.options import Adapters, Device, Dtype, Field, Format, Json,
 from lorchestra.errors import UserError
 
 if TYPE_CHECKING:
+    from lorchestra.cli.models import Mounted
     from lorchestra.evaluate.metrics import Difference, Row
     from lorchestra.evaluate.score import Kind
     from lorchestra.events import Reporter
@@ -73,6 +74,7 @@ def evaluate(
     cut = sum(item.truncated > 0 for item in domain.items)
     if cut:
         reporter.say(f"warning: {cut} of {len(domain.items)} examples are cut to --max_length {max_length}")
+    sealed = _sealed(examples, data, mounted)
     mixture = " + ".join(f"{weight:g}·{name}" for name, weight in mounted.weights.items())
     scores = {}
     for name, weights in {"base": {}, **({mixture: mounted.weights} if mixture else {})}.items():
@@ -91,6 +93,7 @@ def evaluate(
         "gold_tokens": int(scores["base"].gold_tokens.sum()),
         "truncated": cut,
         "weights": mounted.weights,
+        "sealed_test": sealed,
         "rows": [row.as_dict() for row in rows],
         "differences": [change.as_dict() for change in changes],
     }
@@ -115,6 +118,20 @@ def _examples(specs: Sequence[Any], task: str, reporter: Reporter) -> tuple[Kind
     return ("dpo" if task == "dpo" or (task == "auto" and pairs) else "sft"), examples
 
 
+def _sealed(examples: Sequence[Any], data: str, mounted: Mounted) -> dict[str, int] | None:
+    """Enters the reading of examples that belong to a sealed test of this machine; how many, and how often read."""
+    from lorchestra.adapter.digest import json_digest
+    from lorchestra.evaluate.ledger import Ledger, item_digest
+
+    ledger = Ledger.here()
+    items = ledger.sealed([item_digest(example) for example in examples])
+    if not items:
+        return None
+    weights = [(mounted.bank.member(name).digest, weight) for name, weight in sorted(mounted.weights.items())]
+    reader = json_digest(["eval", mounted.base.id.weights, weights])
+    return {"items": len(items), "reads": ledger.enter(items, data, reader)}
+
+
 def _show(rows: Sequence[Row], changes: Sequence[Difference], told: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -133,6 +150,11 @@ def _show(rows: Sequence[Row], changes: Sequence[Difference], told: dict[str, An
         "95 % intervals"
     )
     console.print(table)
+    if sealed := told["sealed_test"]:
+        console.print(
+            f"{sealed['items']:,} of these examples belong to a sealed test, which has been read {sealed['reads']}×, "
+            "this time included."
+        )
 
 
 def _said(change: Difference) -> str:

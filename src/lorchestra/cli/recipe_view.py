@@ -48,6 +48,10 @@ def show_result(result: RunResult) -> None:
         out.print(Text(result.verdict, style="bold"))
     for note in (data.get("verdict") or {}).get("notes", []):
         _indented(out, note, "dim")
+    if result.readings:
+        _indented(
+            out, f"Sealed tests have been read: {', '.join(f'{k} {n}×' for k, n in result.readings.items())}.", "dim"
+        )
     evaluation = data.get("evaluation")
     if evaluation:
         out.print()

@@ -44,6 +44,7 @@ class RunResult:
         merged: the merged model (``final/model``), if the recipe asks for one.
         weights: the coefficients of the members.
         verdict: one sentence; empty without a sealed test.
+        readings: domain → how often its sealed test has been read so far, this verdict included.
         digests: step name → content digest of the adapter it made.
         report: ``report.html``.
     """
@@ -53,6 +54,7 @@ class RunResult:
     merged: Path | None
     weights: Mapping[str, float]
     verdict: str
+    readings: Mapping[str, int]
     digests: Mapping[str, str]
     report: Path
 
@@ -150,6 +152,7 @@ class _Run:
             merged=final / "model" if model else None,
             weights=chosen.weights,
             verdict=sentence,
+            readings={row["domain"]: row["reads"] for row in judged.ledger} if judged else {},
             digests=digests,
             report=report,
         )

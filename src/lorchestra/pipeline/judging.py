@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lorchestra.adapter.adapter import Adapter
-from lorchestra.base.home import home
 from lorchestra.base.load import Base, load_base
 from lorchestra.data.example import Example
 from lorchestra.evaluate.answer import Sampling, answers
-from lorchestra.evaluate.ledger import Ledger
+from lorchestra.evaluate.ledger import Ledger, item_digest
 from lorchestra.evaluate.score import Domain, Scores, score
 from lorchestra.evaluate.verdict import DELIVERED, Verdict, judge
 from lorchestra.events import Reporter, Task
@@ -130,10 +129,12 @@ def evaluate_step(
         return None
     domains, models, digest = inputs.domains, inputs.models, inputs.digest
     asked = _questions(prepared, recipe.evaluate.samples)
+    limit = recipe.evaluate.test_limit
+    items = {name: [item_digest(example) for example in prepared.data[name].splits.test[:limit]] for name in domains}
 
     def make(work: Path) -> dict[str, Any]:
         for name, domain in domains.items():
-            Ledger(home() / "sealed-tests.jsonl").enter(domain.digest, name, digest)
+            Ledger.here().enter(items[name], name, digest, domain.digest)
         return _evaluate(work, prepared, trained, models, domains, asked, fused, merged, base, reporter)
 
     step = cache.build("evaluate", digest, make, reporter.say)
@@ -150,7 +151,7 @@ def evaluate_step(
         validation_items=int(chosen.search["validation_items"]) if chosen.search else 0,
     )
     ledger = [
-        {"domain": name, "digest": domain.digest, "reads": Ledger(home() / "sealed-tests.jsonl").count(domain.digest)}
+        {"domain": name, "digest": domain.digest, "reads": Ledger.here().count(items[name], domain.digest)}
         for name, domain in domains.items()
     ]
     samples = json.loads((step.directory / "samples.json").read_text(encoding="utf-8"))
