@@ -44,3 +44,7 @@ class TrainingError(LorchestraError):
 
 class StorageError(LorchestraError):
     """The disk is full, a directory cannot be written, a stored step does not match its digest."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, where it matters what was kept: the message says so, and where the next run goes on. Exit code 130."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
@@ -192,10 +192,13 @@ def test_interrupted_and_started_again_it_goes_on(lorchestra, tiny_dir, data, mo
 
 
 @pytest.mark.slow
-def test_killed_and_run_again_it_ends_with_the_same_adapter(lorchestra, tiny_dir, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_and_run_again_it_ends_with_the_same_adapter(lorchestra, tiny_dir, data, tmp_path, monkeypatch, how):
     asked = ["ft", "--model_name_or_path", str(tiny_dir), "--dataset", str(data["messages"]), "--output_dir", "out",
              "--max_steps", "120", "--save_steps", "2", "--json"]  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-m", "lorchestra", *asked], env=dict(os.environ), cwd=tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lorchestra", *asked], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
     steps = tmp_path / "home" / "steps"
     try:
         deadline = time.monotonic() + 120
@@ -204,11 +207,16 @@ def test_killed_and_run_again_it_ends_with_the_same_adapter(lorchestra, tiny_dir
             time.sleep(0.05)
             assert process.poll() is None, "it ended before it could be killed"
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.send_signal(how)
+        said = process.communicate()[1]
     assert not Path("out").exists()
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        kept = re.fullmatch(r"stopped; (\d+) of 120 steps of out are kept, and .*", said.splitlines()[-1])
+        assert kept, said
+        assert "Traceback" not in said
     told = lorchestra(*asked)
-    assert "resumed after step" in told.err
+    assert f"resumed after step {kept[1] if how == signal.SIGINT else ''}" in told.err
     monkeypatch.setenv("LORCHESTRA_HOME", str(tmp_path / "elsewhere"))
     assert json.loads(told.out)["digest"] == json.loads(lorchestra(*asked).out)["digest"]
 

@@ -1,21 +1,16 @@
-"""Stages on the tiny model: the frozen stays frozen, resume is exact, PEFT agrees, the preference law holds."""
+"""Stages on the tiny model: the frozen stays frozen, PEFT agrees, the preference law holds."""
 
 from __future__ import annotations
 
-import json
 import math
-import random
 from dataclasses import replace
 
 import pytest
 import torch
 from tests.conftest import make_tiny_model
+from tests.train.conftest import BASE, KillAfter, KilledError, adapter_for, inputs, pairs, run, sft_items
 
-from lorchestra.adapter.adapter import Adapter
-from lorchestra.adapter.lineage import BaseId
-from lorchestra.adapter.lowrank import LowRank
 from lorchestra.bank import Bank
-from lorchestra.data.render import Branch, Rendered
 from lorchestra.errors import TrainingError, UserError
 from lorchestra.events import Silent
 from lorchestra.objective.batch import pack
@@ -23,53 +18,7 @@ from lorchestra.objective.logprobs import branch_logprobs
 from lorchestra.train import stage as stage_module
 from lorchestra.train.lora import new_member
 from lorchestra.train.settings import ContextMember, LoraSettings, Objective, Orthogonality, TrainSettings
-from lorchestra.train.stage import StageInputs, frozen_digest, train_stage
-
-BASE = BaseId(name="tiny", weights="sha256:tiny")
-
-
-def sft_items(n, seed=0):
-    chance = random.Random(seed)
-    out = []
-    for _ in range(n):
-        prompt = tuple(chance.randrange(4, 260) for _ in range(chance.randrange(3, 9)))
-        answer = (*(100 + (t % 7) for t in prompt[:3]), 2)
-        out.append(Rendered(prompt, (Branch(answer, (True,) * len(answer)),), 0))
-    return out
-
-
-def pairs(n, seed=0):
-    out = []
-    for item in sft_items(n, seed):
-        good = item.branches[0]
-        bad = Branch((*(150 + (t % 7) for t in item.prompt[:3]), 2), good.supervised)
-        out.append(Rendered(item.prompt, (good, bad), 0))
-    return out
-
-
-def adapter_for(model, seed, scale=0.05):
-    generator = torch.Generator().manual_seed(seed)
-    modules = {}
-    for path, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and "lm_head" not in path:
-            m, n = module.weight.shape
-            modules[path] = LowRank(
-                torch.randn(m, 2, generator=generator) * scale, torch.randn(2, n, generator=generator) * scale
-            )
-    return Adapter(modules, BASE)
-
-
-def inputs(**changes):
-    values = {
-        "name": "new", "objective": Objective(), "lora": LoraSettings(rank=2, alpha=4),
-        "train": TrainSettings(epochs=2, batch_size=4, learning_rate=1e-2, checkpoint_every=3),
-        "items": sft_items(22), "validation": sft_items(6, seed=1), "context": {},
-    }  # fmt: skip
-    return StageInputs(**(values | changes))
-
-
-def run(model, tmp_path, given, name="work", **kwargs):
-    return train_stage(model, BASE, 3, given, tmp_path / name, **kwargs)
+from lorchestra.train.stage import frozen_digest
 
 
 def test_sft_learns_and_leaves_the_base_alone(tiny_model, tmp_path):
@@ -90,49 +39,12 @@ def test_sft_learns_and_leaves_the_base_alone(tiny_model, tmp_path):
 
 
 def test_same_seeds_same_bits_and_other_seeds_other_bits(tmp_path):
-    from tests.conftest import make_tiny_model
-
     digests = {
         key: run(make_tiny_model(), tmp_path, inputs(init_seed=init, data_seed=data), name=key).adapter.digest
         for key, init, data in [("a", 0, 0), ("b", 0, 0), ("c", 1, 0), ("d", 0, 1)]
     }
     assert digests["a"] == digests["b"]
     assert len(set(digests.values())) == 3
-
-
-class KilledError(Exception):
-    pass
-
-
-class KillAfter(Silent):
-    """Ends the process's work from inside, at the n-th training step, as a kill would."""
-
-    def __init__(self, steps):
-        self.steps = steps
-
-    def event(self, kind, /, **fields):
-        if kind == "train_step" and fields["step"] == self.steps:
-            raise KilledError
-
-
-@pytest.mark.parametrize("task", ["sft", "dpo"])
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_resume_is_bitwise(tiny_model, tmp_path, task, dropout):
-    given = inputs(
-        objective=Objective(task=task),
-        items=sft_items(22) if task == "sft" else pairs(22),
-        validation=sft_items(6, seed=1) if task == "sft" else pairs(6, seed=1),
-        lora=LoraSettings(rank=2, alpha=4, dropout=dropout),
-        context={"old": (adapter_for(tiny_model, 1), ContextMember(schedule="cosine"))},
-    )
-    straight = run(tiny_model, tmp_path, given, name="straight")
-    for steps in (2, 5, 8):
-        with pytest.raises(KilledError):
-            run(tiny_model, tmp_path, given, name="killed", reporter=KillAfter(steps))
-    resumed = run(tiny_model, tmp_path, given, name="killed")
-    assert resumed.adapter.digest == straight.adapter.digest
-    assert resumed.progress.history == straight.progress.history
-    assert resumed.progress.validation == straight.progress.validation
 
 
 @pytest.mark.parametrize(("loss", "expected"), [("sigmoid", math.log(2)), ("ipo", 1 / (4 * 0.2**2))])
@@ -228,39 +140,6 @@ def test_stages_in_one_process_may_differ_in_dtype(tmp_path):
         assert first[kind]["gradient_norm"] == pytest.approx(first[torch.float32]["gradient_norm"], rel=5e-2), kind
 
 
-def steep(**train):
-    """The first loss is ln 2, its gradients are beyond float16."""
-    objective = Objective(task="dpo", beta=1e7)
-    settings = TrainSettings(batch_size=4, learning_rate=1e-9, **train)
-    return inputs(objective=objective, items=pairs(22), validation=[], train=settings)
-
-
-def test_infinite_gradients_without_a_scaler_stop_the_stage(tmp_path):
-    """On a CPU accelerate has no scaler for float16: nothing would skip the step, and the factors would be lost."""
-    with pytest.raises(TrainingError, match=r"loss 0\.69.*Training diverged"):
-        run(make_tiny_model().to(torch.float16), tmp_path, steep(max_steps=2))
-
-
-def test_a_scaler_finds_its_scale_and_leaves_no_infinity_in_the_history(tmp_path, monkeypatch):
-    """What a GPU does in float16, with torch's scaler for CPUs: overflowing steps are skipped and have no norm."""
-    from accelerate import Accelerator
-
-    prepare = Accelerator.prepare
-
-    def with_scaler(self, *args, **kwargs):
-        self.scaler, self.native_amp = torch.amp.GradScaler("cpu", init_scale=2.0**24), True
-        return prepare(self, *args, **kwargs)
-
-    monkeypatch.setattr(Accelerator, "prepare", with_scaler)
-    train = TrainSettings(max_steps=24, batch_size=4, learning_rate=1e-3)
-    result = run(make_tiny_model().to(torch.float16), tmp_path, inputs(train=train))
-    norms = [row["gradient_norm"] for row in result.progress.history]
-    assert norms[0] is None
-    assert norms[-1] is not None
-    assert json.dumps(result.progress.history, allow_nan=False)
-    assert all(torch.isfinite(update.B).all() for update in result.adapter.modules.values())
-
-
 def overlap(one, two):
     """Largest share, over modules, of the energy of ``two``'s A inside the row space of ``one``'s; in float64."""
     shares = []
@@ -313,19 +192,6 @@ def test_context_matters_and_fades(tiny_model, tmp_path):
     assert results["faded"].progress.history[-1]["context"] == {"old": 0.25}
 
 
-def test_accumulation_equals_a_larger_batch(tiny_model, tmp_path):
-    """The token mean runs over the whole step, whatever its micro-batches."""
-    common = {"max_steps": 1, "learning_rate": 1e-3}
-    whole = run(tiny_model, tmp_path, inputs(train=TrainSettings(batch_size=22, **common)), name="whole")
-    parts = run(
-        tiny_model, tmp_path, inputs(train=TrainSettings(batch_size=4, gradient_accumulation=6, **common)), name="parts"
-    )
-    assert parts.progress.history[0]["loss"] == pytest.approx(whole.progress.history[0]["loss"], rel=1e-5)
-    assert parts.progress.history[0]["gradient_norm"] == pytest.approx(
-        whole.progress.history[0]["gradient_norm"], rel=1e-4
-    )
-
-
 @pytest.mark.parametrize("rslora", [True, False])
 def test_one_step_equals_peft(tiny_model, tmp_path, rslora):
     """Training through the bank is training through PEFT: one AdamW step, float32."""
@@ -361,14 +227,6 @@ def test_one_step_equals_peft(tiny_model, tmp_path, rslora):
         torch.testing.assert_close(update.dense(), dense, rtol=2e-3, atol=2e-5)
 
 
-def test_early_stopping_keeps_the_best(tiny_model, tmp_path):
-    train = TrainSettings(max_steps=40, batch_size=4, learning_rate=0.5, eval_every=1, patience=3, max_grad_norm=0)
-    result = run(tiny_model, tmp_path, inputs(train=train))
-    assert result.progress.stopped
-    assert result.progress.step < 40
-    assert result.progress.step - result.progress.best_step == 3
-
-
 @pytest.mark.parametrize("mode", ["penalty", "projection"])
 def test_orthogonality_lowers_what_it_measures(tiny_model, tmp_path, mode):
     context = {"old": (adapter_for(tiny_model, 1), ContextMember())}
@@ -378,20 +236,6 @@ def test_orthogonality_lowers_what_it_measures(tiny_model, tmp_path, mode):
         given = inputs(lora=LoraSettings(rank=4, alpha=4, orthogonality=orthogonality), context=context)
         last[key] = run(tiny_model, tmp_path, given, name=key).progress.history[-1]["orthogonality"]
     assert last["on"] < last["off"]
-
-
-def test_gradient_checkpointing_changes_nothing(tiny_model, tmp_path):
-    plain = run(tiny_model, tmp_path, inputs(), name="plain")
-    saving = TrainSettings(epochs=2, batch_size=4, learning_rate=1e-2, gradient_checkpointing=True)
-    saved = run(tiny_model, tmp_path, inputs(train=saving), name="saved")
-    assert saved.progress.history[-1]["loss"] == pytest.approx(plain.progress.history[-1]["loss"], rel=1e-4)
-    assert not any(m.training for m in tiny_model.modules())
-
-
-def test_tensorboard_hears_of_it(tiny_model, tmp_path):
-    train = TrainSettings(max_steps=2, batch_size=4, report_to=("tensorboard",))
-    run(tiny_model, tmp_path, inputs(train=train), log_directory=tmp_path / "logs")
-    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
 
 
 class TestBadInput:

@@ -6,11 +6,13 @@ from typing import Annotated
 
 import typer
 
-from lorchestra.cli import chat, doctor, evaluate, finetune, fuse, init, inspect, merge, run
+from lorchestra.cli import chat, diagnose, doctor, evaluate, finetune, fuse, init, inspect, merge, run
 from lorchestra.cli.options import either_dash
+from lorchestra.cli.verbs import Verb, Verbs
 
 app = typer.Typer(
     name="lorchestra",
+    cls=Verbs,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -42,17 +44,18 @@ def lorchestra(
 
 
 RECIPES, COMMANDS, ADAPTERS = "Recipes", "Train from the command line", "Adapters and models"
-app.command("run", rich_help_panel=RECIPES)(run.run)
-app.command("plan", rich_help_panel=RECIPES)(run.plan)
-app.command("check", rich_help_panel=RECIPES)(run.check)
-app.command("init", rich_help_panel=RECIPES)(init.init)
-app.command("ft", rich_help_panel=COMMANDS)(finetune.ft)
-app.command("sft", rich_help_panel=COMMANDS, help="The same as `ft`.")(finetune.ft)
-app.command("dpo", rich_help_panel=COMMANDS)(finetune.dpo)
-app.command("merge-lora", rich_help_panel=ADAPTERS)(merge.merge_lora)
-app.command("merge", rich_help_panel=ADAPTERS)(merge.merge)
-app.command("fuse", rich_help_panel=ADAPTERS)(fuse.fuse)
-app.command("inspect", rich_help_panel=ADAPTERS)(inspect.inspect)
-app.command("chat", rich_help_panel=ADAPTERS)(chat.chat)
-app.command("eval", rich_help_panel=ADAPTERS)(evaluate.evaluate)
-app.command("doctor", rich_help_panel=ADAPTERS)(doctor.doctor)
+app.command("run", cls=Verb, rich_help_panel=RECIPES)(run.run)
+app.command("plan", cls=Verb, rich_help_panel=RECIPES)(run.plan)
+app.command("check", cls=Verb, rich_help_panel=RECIPES)(run.check)
+app.command("init", cls=Verb, rich_help_panel=RECIPES)(init.init)
+app.command("ft", cls=Verb, rich_help_panel=COMMANDS)(finetune.ft)
+app.command("sft", cls=Verb, rich_help_panel=COMMANDS, help="The same as `ft`.")(finetune.ft)
+app.command("dpo", cls=Verb, rich_help_panel=COMMANDS)(finetune.dpo)
+app.command("merge-lora", cls=Verb, rich_help_panel=ADAPTERS)(merge.merge_lora)
+app.command("merge", cls=Verb, rich_help_panel=ADAPTERS)(merge.merge)
+app.command("fuse", cls=Verb, rich_help_panel=ADAPTERS)(fuse.fuse)
+app.command("inspect", cls=Verb, rich_help_panel=ADAPTERS)(inspect.inspect)
+app.command("diagnose", cls=Verb, rich_help_panel=ADAPTERS)(diagnose.diagnose)
+app.command("chat", cls=Verb, rich_help_panel=ADAPTERS)(chat.chat)
+app.command("eval", cls=Verb, rich_help_panel=ADAPTERS)(evaluate.evaluate)
+app.command("doctor", cls=Verb, rich_help_panel=ADAPTERS)(doctor.doctor)

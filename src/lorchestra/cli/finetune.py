@@ -188,7 +188,7 @@ def _recipe(task: str, asked: Mapping[str, Any], beside: list[Weighted]) -> Reci
     values: dict[str, Any] = {
         "name": name,
         "split": {"train": 1 - share, "validation": share, "test": 0.0},
-        "fusion": {"weights": "last"},  # one stage: nothing to search, with or without validation
+        "fusion": {"weights": "equal"},  # one stage: nothing to search, with or without validation
         "adapters": {key: member.source for key, member in members.items()},
         "stages": [
             {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorchestra.cli.options import Json
+from lorchestra.errors import Interrupted
 
 if TYPE_CHECKING:
     from lorchestra.pipeline.execute import RunResult
@@ -56,9 +57,10 @@ def run(
 
     try:
         result = execute(loaded, directory=run_dir, reporter=reporter, wait=wait)
+    except Interrupted:
+        raise
     except KeyboardInterrupt:
-        reporter.say("interrupted; what is finished is kept, and the same command goes on from here")
-        raise typer.Exit(130) from None
+        raise Interrupted("stopped; what is finished is kept, and the same command goes on from there") from None
     if as_json:
         typer.echo(json.dumps(_plain(result), indent=2, ensure_ascii=False))
         return
@@ -132,5 +134,6 @@ def _plain(result: RunResult) -> dict[str, Any]:
         "report": os.fspath(result.report),
         "weights": dict(result.weights),
         "verdict": result.verdict,
+        "sealed_test_readings": dict(result.readings),
         "digests": dict(result.digests),
     }

@@ -61,6 +61,11 @@ class Checkpoints:
             if old != final:
                 shutil.rmtree(old, ignore_errors=True)
 
+    def newest(self) -> int:
+        """The step of the newest checkpoint; 0 without one."""
+        found = self._all()
+        return int(found[-1].name.removeprefix("step-")) if found else 0
+
     def restore(self, accelerator: Any) -> Progress:
         """Load the newest checkpoint into what ``accelerator`` has prepared; a fresh start without one."""
         found = self._all()

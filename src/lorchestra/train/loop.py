@@ -6,19 +6,23 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from lorchestra.bank import Bank, TrainableMember
-from lorchestra.errors import TrainingError, UserError
+from lorchestra.errors import Interrupted, TrainingError, UserError
 from lorchestra.events import Reporter, Task
 from lorchestra.train.checkpoint import Checkpoints, Progress
 from lorchestra.train.context import final_weights, weights_at
+from lorchestra.train.interrupt import Interrupts
 from lorchestra.train.objectives import StageObjective
 from lorchestra.train.orthogonality import penalty, project_gradients
 from lorchestra.train.schedule import BatchPlan
 from lorchestra.train.settings import ContextMember, Orthogonality, TrainSettings
+
+SMOOTHED = 20  # steps that the shown training loss is a mean of
 
 
 class Loop:
@@ -62,6 +66,7 @@ class Loop:
         self.objective, self.plan, self.settings = objective, plan, settings
         self.orthogonality, self.context, self.bases = orthogonality, context, bases
         self.reporter = reporter
+        self.interrupts = Interrupts(self._held_back)
         self.checkpoints = Checkpoints(directory)
         reference = next(bank.model.parameters())
         AcceleratorState._reset_state()  # it outlives its accelerator, and the stage before may have had another dtype
@@ -93,6 +98,7 @@ class Loop:
 
         Raises:
             TrainingError: the loss or a gradient is not finite.
+            Interrupted: Ctrl-C; the last whole step is checkpointed.
         """
         progress = self.checkpoints.restore(self.accelerator)
         if self.settings.report_to:
@@ -101,14 +107,19 @@ class Loop:
             scalars = {k: v for k, v in settings if isinstance(v, (str, int, float))}
             self.accelerator.init_trackers("lorchestra", {"stage": self.name, **scalars})
         self.member.train()
-        with self.reporter.task(f"train {self.name}", self.plan.steps, "step") as task:
-            if progress.step:
-                task.advance(progress.step)
-                self.reporter.say(f"{self.name}: resumed after step {progress.step} of {self.plan.steps}")
-            elif not progress.validation:
-                self._validate(progress)
-            while progress.step < self.plan.steps and not progress.stopped:
-                self._advance(progress, task)
+        if progress.step:
+            self.reporter.say(f"{self.name}: resumed after step {progress.step} of {self.plan.steps}")
+        try:
+            with self.interrupts.watched():
+                if self._validation_is_due(progress):  # before the first step, or where a stop came before it
+                    self._validate(progress)
+                with self.reporter.task(f"train {self.name}", self.plan.steps, "step") as task:
+                    if progress.step:
+                        task.advance(progress.step)
+                    while progress.step < self.plan.steps and not progress.stopped:
+                        self._advance(progress, task)
+        except KeyboardInterrupt:
+            raise Interrupted(self._stop(progress)) from None
         if progress.best_step is not None:
             self.checkpoints.load_best(self.member, progress.best_step)
         self.member.eval()
@@ -120,26 +131,34 @@ class Loop:
     def _advance(self, progress: Progress, task: Task) -> None:
         """One optimiser step, with its validation and checkpoint where they are due."""
         started = time.perf_counter()
-        row = self._step(progress.step)
+        with self.interrupts.held():
+            row = self._step(progress.step)
+            progress.step += 1
+            progress.tokens += row["tokens"]
+            progress.history.append(row)
+            spent = time.perf_counter() - started
+            progress.seconds += spent
         self._trained += row["tokens"]
-        self._training += time.perf_counter() - started
-        progress.step += 1
-        progress.tokens += row["tokens"]
-        every = self.settings.eval_every or self.plan.steps_per_epoch
-        last = progress.step == self.plan.steps
-        validated = last or progress.step % every == 0
-        if validated:
-            self._validate(progress)
-        progress.seconds += time.perf_counter() - started
-        progress.history.append(row)
+        self._training += spent
         self.reporter.event("train_step", stage=self.name, **row)
         if self.settings.report_to:
             self.accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=progress.step)
-        task.advance(1, loss=row["loss"], tokens_per_s=self._trained / self._training)
+        task.advance(1, training_loss=smoothed_loss(progress.history), tokens_per_s=self._trained / self._training)
+        self.interrupts.answer()
+        validated = self._validation_is_due(progress)
+        if validated:
+            self._validate(progress)
+            if progress.validation:
+                task.advance(0, validation_loss=progress.validation[-1]["loss"])
         if validated or progress.step % self.settings.checkpoint_every == 0:
+            self._save(progress)
+
+    def _save(self, progress: Progress) -> None:
+        with self.interrupts.held():
             self.checkpoints.save(self.accelerator, progress)
             if progress.best_step is not None:
                 self.checkpoints.drop_best(keep=progress.best_step)
+        self.interrupts.answer()
 
     def _step(self, step: int) -> dict[str, Any]:
         """Forward, backward and update of optimiser step ``step`` (from 0); returns its row of the history."""
@@ -187,24 +206,56 @@ class Loop:
             f"Training diverged; lower learning_rate (now {self.settings.learning_rate:g}) or alpha"
         )
 
+    def _validation_is_due(self, progress: Progress) -> bool:
+        """Before the first step, every ``eval_every`` steps (an epoch) and after the last; once each."""
+        every = self.settings.eval_every or self.plan.steps_per_epoch
+        due = progress.step % every == 0 or progress.step == self.plan.steps
+        return due and not any(row["step"] == progress.step for row in progress.validation)
+
     def _validate(self, progress: Progress) -> None:
         """Validation loss at the schedules' final weights; the best factors are kept."""
+        started = time.perf_counter()
         self.member.eval()
         with self.bank.using({**final_weights(self.context), self.name: 1.0}):
-            loss = self.objective.validate()
+            loss = self.objective.validate(self.reporter)
         self.member.train()
         if loss is None:
             return
-        progress.validation.append({"step": progress.step, "loss": loss})
         self.reporter.event("validation", stage=self.name, step=progress.step, loss=loss)
-        if progress.step == 0:
-            return  # where it started, for the curve: an untrained adapter is no candidate
+        with self.interrupts.held():
+            progress.seconds += time.perf_counter() - started
+            progress.validation.append({"step": progress.step, "loss": loss})
+            if progress.step:  # an untrained adapter is no candidate: its loss only says where the curve starts
+                self._judge(progress, loss)
+        self.interrupts.answer()
+
+    def _judge(self, progress: Progress, loss: float) -> None:
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.waited = loss, progress.step, 0
             self.checkpoints.save_best(self.member, progress.step)
         else:
             progress.waited += 1
             progress.stopped = self.settings.patience is not None and progress.waited >= self.settings.patience
+
+    def _held_back(self) -> None:
+        self.reporter.say("stopping after this step; Ctrl-C again stops at once")
+
+    def _stop(self, progress: Progress) -> str:
+        """Checkpoint what is whole and not kept yet; says from where the next run goes on."""
+        kept = self.checkpoints.newest()
+        if self.interrupts.whole and progress.step > kept:
+            self.checkpoints.save(self.accelerator, progress)
+            kept = progress.step
+        self.reporter.event("stopped", stage=self.name, step=kept)
+        if not kept:
+            return f"stopped before the first step of {self.name} was done; the same command begins it again"
+        steps = f"{kept} of {self.plan.steps} steps of {self.name}"
+        return f"stopped; {steps} are kept, and the same command goes on from there"
+
+
+def smoothed_loss(history: Sequence[Mapping[str, Any]]) -> float:
+    """Mean training loss of the last :data:`SMOOTHED` steps: that of one step is its few examples' luck."""
+    return fmean(row["loss"] for row in history[-SMOOTHED:])
 
 
 def refuse_absent_trackers(wanted: Sequence[str]) -> None:

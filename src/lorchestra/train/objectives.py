@@ -73,7 +73,7 @@ class StageObjective(Protocol):
     def micro(self, packed: Any, total: int) -> Micro:
         """Forward pass; the losses of a step's micro-batches, each with the step's ``total``, add up to its mean."""
 
-    def validate(self) -> float | None:
+    def validate(self, reporter: Reporter) -> float | None:
         """Mean loss on the validation items under the present selection; ``None`` without such items."""
 
 
@@ -104,14 +104,17 @@ class SftObjective:
         return Micro(sft_loss(branch_logprobs(self.model, packed), total), {})
 
     @torch.no_grad()
-    def validate(self) -> float | None:
+    def validate(self, reporter: Reporter) -> float | None:
         if not self.validation:
             return None
         loss, tokens = 0.0, 0
-        for indices in batches(self.validation, VALIDATION_TOKENS, self.layout.tree):
-            packed = self.layout.pack([self.validation[i] for i in indices])
-            loss -= float(branch_logprobs(self.model, packed).sums.double().sum())
-            tokens += packed.supervised
+        held_out = batches(self.validation, VALIDATION_TOKENS, self.layout.tree)
+        with reporter.task("validation", len(held_out), "batch") as task:
+            for indices in held_out:
+                packed = self.layout.pack([self.validation[i] for i in indices])
+                loss -= float(branch_logprobs(self.model, packed).sums.double().sum())
+                tokens += packed.supervised
+                task.advance(loss=loss / max(tokens, 1))
         return loss / max(tokens, 1)
 
 
@@ -154,15 +157,19 @@ class PreferenceObjective:
         return Micro(terms.loss.sum() / total, figures)
 
     @torch.no_grad()
-    def validate(self) -> float | None:
+    def validate(self, reporter: Reporter) -> float | None:
         if not self.validation:
             return None
-        loss = 0.0
-        for indices in batches(self.validation, VALIDATION_TOKENS, self.layout.tree):
-            batch = self.layout.pack([self.validation[i] for i in indices])
-            reference = self.validation_reference[indices].reshape(-1).to(self.layout.device)
-            terms = preference_terms(branch_logprobs(self.model, batch), reference, **self._loss())
-            loss += float(terms.loss.double().sum())
+        loss, pairs = 0.0, 0
+        held_out = batches(self.validation, VALIDATION_TOKENS, self.layout.tree)
+        with reporter.task("validation", len(held_out), "batch") as task:
+            for indices in held_out:
+                batch = self.layout.pack([self.validation[i] for i in indices])
+                reference = self.validation_reference[indices].reshape(-1).to(self.layout.device)
+                terms = preference_terms(branch_logprobs(self.model, batch), reference, **self._loss())
+                loss += float(terms.loss.double().sum())
+                pairs += len(indices)
+                task.advance(loss=loss / pairs)
         return loss / len(self.validation)
 
     @torch.no_grad()
