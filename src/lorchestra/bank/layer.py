@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
 from lorchestra.adapter.lowrank import LowRank
-from lorchestra.errors import AdapterError
+from lorchestra.errors import AdapterError, TrainingError
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +38,7 @@ class Switch:
 
     def __init__(self) -> None:
         self.selection: Selection | None = None
+        self.guarded = False  # a member trains: the others must be what was mounted, in every forward pass
 
 
 class TrainableMember(nn.Module):
@@ -87,15 +88,16 @@ class BankLayer:
 
     def load(self, name: str, update: LowRank) -> None:
         """Mount ``update``, in the module's dtype and on its device."""
+        self._drop()
         self.frozen[name] = update.to(device=self.device, dtype=self.dtype)
-        self._stack = None
 
     def evict(self, name: str) -> None:
         """Forget ``name``, if it is here."""
         if self.trainable is not None and self.trainable[0] == name:
             self.trainable = None
-        self.frozen.pop(name, None)
-        self._stack = None
+        if name in self.frozen:
+            self._drop()
+            del self.frozen[name]
 
     @property
     def empty(self) -> bool:
@@ -126,19 +128,51 @@ class BankLayer:
             output = output + linear(z, B)
         return output
 
+    def check(self) -> None:
+        """What the forward pass multiplies by is what was mounted, bit for bit.
+
+        Raises:
+            TrainingError: it was changed meanwhile.
+        """
+        if self._stack is None:
+            return
+        fresh = self._stacking(self._stack.selection)
+        if fresh is None or not all(
+            _same(getattr(fresh, part), getattr(self._stack, part)) for part in ("A", "B", "column")
+        ):
+            raise TrainingError(
+                f"training changed its frozen context: at {self.path} the forward pass used other factors than those "
+                "that were mounted; the trained adapter is not kept"
+            )
+
+    def _drop(self) -> None:
+        """Forget the stack; while a member trains, not before it was looked at."""
+        if self.switch.guarded:
+            self.check()
+        self._stack = None
+
     def _stacked(self, members: tuple[str, ...]) -> _Stack | None:
         if self._stack is None or self._stack.selection != members:
-            here = [(k, self.frozen[name]) for k, name in enumerate(members) if name in self.frozen]
-            if not here:
-                return None
-            columns = [torch.full((update.rank,), k, dtype=torch.int64, device=self.device) for k, update in here]
-            self._stack = _Stack(
-                members,
-                torch.cat([update.A for _, update in here]),
-                torch.cat([update.B for _, update in here], dim=1),
-                torch.cat(columns),
-            )
+            self._drop()
+            self._stack = self._stacking(members)
         return self._stack
+
+    def _stacking(self, members: tuple[str, ...]) -> _Stack | None:
+        here = [(k, self.frozen[name]) for k, name in enumerate(members) if name in self.frozen]
+        if not here:
+            return None
+        columns = [torch.full((update.rank,), k, dtype=torch.int64, device=self.device) for k, update in here]
+        return _Stack(
+            members,
+            torch.cat([update.A for _, update in here]),
+            torch.cat([update.B for _, update in here], dim=1),
+            torch.cat(columns),
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, NaN included."""
+    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def _spread(selection: Selection, column: Tensor, x: Tensor) -> Tensor:

@@ -97,6 +97,7 @@ class Bank:
         for index, path in enumerate(member.paths):
             self._layer(path, targets[path]).trainable = (name, member, index)
         self._trainable[name] = member
+        self._switch.guarded = True
 
     def evict(self, name: str) -> None:
         """Take ``name`` off the model.
@@ -114,6 +115,18 @@ class Bank:
                 del self._layers[path]
         self._adapters.pop(name, None)
         self._trainable.pop(name, None)
+        self._switch.guarded = bool(self._trainable)
+
+    def check(self) -> None:
+        """What the forward pass multiplies by is what was mounted; asked after a stage has trained beside it.
+
+        While a member is mounted to train this is asked too whenever factors are put together anew.
+
+        Raises:
+            TrainingError: it was changed meanwhile.
+        """
+        for layer in self._layers.values():
+            layer.check()
 
     def unmount(self) -> None:
         """Take everything off: the model is the one that was given."""
@@ -123,6 +136,7 @@ class Bank:
         self._layers.clear()
         self._adapters.clear()
         self._trainable.clear()
+        self._switch.guarded = False
 
     def member(self, name: str) -> Adapter:
         """The adapter under ``name``; a trainable one as it stands now, scale folded into B.

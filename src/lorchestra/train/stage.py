@@ -44,6 +44,7 @@ class StageInputs:
         init_seed: of the new adapter's factors.
         data_seed: of the order of the data and of dropout.
         data: name → digest of the data, for the lineage.
+        salt: what A is drawn by beside ``init_seed``, so that stages start apart; empty: the name.
     """
 
     name: str
@@ -56,6 +57,7 @@ class StageInputs:
     init_seed: int = 0
     data_seed: int = 0
     data: Mapping[str, str] | None = None
+    salt: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def train_stage(
         for name, (adapter, _) in inputs.context.items():
             bank.load(name, adapter)
         context_before = _context_digest(bank, inputs)
-        member = new_member(model, inputs.lora, inputs.init_seed, inputs.name).to(layout.device)
+        member = new_member(model, inputs.lora, inputs.init_seed, inputs.salt or inputs.name).to(layout.device)
         bank.mount_trainable(inputs.name, member)
         objective: SftObjective | PreferenceObjective
         validation = list(inputs.validation)[: inputs.train.eval_limit]
@@ -137,6 +139,7 @@ def train_stage(
                 schedules, bases, directory, reporter, log_directory,
             )  # fmt: skip
             progress = loop.run()
+        bank.check()
         if _context_digest(bank, inputs) != context_before:
             raise TrainingError(f"stage {inputs.name!r} changed its frozen context; its adapter is not kept")
         modules = member.folded()
@@ -144,7 +147,8 @@ def train_stage(
         bank.unmount()
     if frozen_digest(model) != before:
         raise TrainingError(f"stage {inputs.name!r} changed a tensor of the frozen base; its adapter is not kept")
-    adapter = Adapter(modules, base, _lineage(inputs, schedules, progress), _transposed(model, modules))
+    lineage = stage_lineage(inputs, progress.best_loss, progress.best_step)
+    adapter = Adapter(modules, base, lineage, _transposed(model, modules))
     trainable = sum(p.numel() for p in member.parameters())
     return StageResult(adapter, progress, plan.steps, plan.steps_per_epoch, trainable, first_loss)
 
@@ -177,7 +181,9 @@ def _context_rows(context: Mapping[str, tuple[Adapter, ContextMember]]) -> dict[
     return rows
 
 
-def _lineage(inputs: StageInputs, schedules: Mapping[str, ContextMember], progress: Progress) -> Lineage:
+def stage_lineage(inputs: StageInputs, best_loss: float | None, best_step: int | None) -> Lineage:
+    """Where the adapter of a stage comes from; ``best_loss`` and ``best_step`` are of its validation."""
+    schedules = {name: member for name, (_, member) in inputs.context.items()}
     final = final_weights(schedules)
     settings: dict[str, Any] = {
         "objective": inputs.objective.model_dump(mode="json"),
@@ -193,7 +199,7 @@ def _lineage(inputs: StageInputs, schedules: Mapping[str, ContextMember], progre
         context=tuple(Parent(name, inputs.context[name][0].digest, weight) for name, weight in final.items()),
         data=dict(inputs.data or {}),
         settings=settings,
-        metrics={"validation_loss": progress.best_loss, "best_step": progress.best_step},
+        metrics={"validation_loss": best_loss, "best_step": best_step},
         tools=_tools(),
     )
 

@@ -1,0 +1,108 @@
+"""The layer's cached stack: it is what the forward pass multiplies by, so it is what must not change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.bank.test_mount import IDS, logits, random_adapter
+from tests.conftest import make_tiny_model
+
+from lorchestra.bank import Bank, TrainableMember
+from lorchestra.data.render import Branch, Rendered
+from lorchestra.errors import TrainingError
+from lorchestra.events import Silent
+from lorchestra.train.settings import ContextMember, LoraSettings, Objective, TrainSettings
+from lorchestra.train.stage import StageInputs, train_stage
+
+PATH = "model.layers.0.mlp.up_proj"
+PARTS = ["A", "B", "column"]
+
+
+def corrupt(bank, part):
+    """Change one entry of what the forward pass multiplies by at one module, the adapters staying as they are."""
+    tensor = getattr(bank.layers()[PATH]._stack, part)
+    tensor.view(-1)[0] += 1
+
+
+def mounted(model, *names):
+    bank = Bank(model)
+    for seed, name in enumerate(names):
+        bank.load(name, random_adapter(model, 2, seed))
+    return bank
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_changed_stack_is_found(part, dtype):
+    bank = mounted(make_tiny_model().to(dtype), "a", "b")
+    bank.check()
+    with bank.using_rows([{"a": 1.0}, {"b": 0.5}, {}]):
+        before = logits(bank.model, IDS)
+        bank.check()
+        corrupt(bank, part)
+        assert not torch.equal(logits(bank.model, IDS), before), "the stack is what acts"
+        with pytest.raises(TrainingError, match=f"at {PATH} the forward pass used other factors"):
+            bank.check()
+
+
+def test_nan_is_equal_to_itself():
+    """A member that is broken from the start is not one that was changed."""
+    bank = mounted(make_tiny_model(), "a")
+    bank.layers()[PATH].frozen["a"].A.fill_(torch.nan)
+    with bank.using({"a": 1.0}):
+        logits(bank.model, IDS)
+    bank.check()
+
+
+@pytest.mark.parametrize("then", ["another selection", "evict"])
+def test_while_a_member_trains_a_changed_stack_cannot_slip_away(then):
+    """A curriculum ends at other members than it trained with: the stack of the training is gone before its end."""
+    model = make_tiny_model()
+    bank = mounted(model, "a", "b")
+    bank.mount_trainable("new", TrainableMember({PATH: (torch.zeros(48, 2), torch.randn(2, 32))}, 1.0))
+    with bank.using({"a": 1.0, "b": 1.0, "new": 1.0}):
+        logits(model, IDS)
+    corrupt(bank, "B")
+
+    def go_on():
+        if then == "evict":
+            bank.evict("a")
+        with bank.using({"b": 1.0, "new": 1.0}):
+            logits(model, IDS)
+
+    with pytest.raises(TrainingError, match="changed its frozen context"):
+        go_on()
+    bank.evict("new")
+    go_on()  # where nothing trains, a new selection costs no comparison
+
+
+class Meddler(Silent):
+    """Corrupts the stack after the first step: as a stage with a wrong in-place operation would."""
+
+    def __init__(self, model, part):
+        self.model, self.part = model, part
+
+    def event(self, kind, /, **fields):
+        if kind == "train_step" and fields["step"] == 1:
+            (layer,) = self.model.get_submodule(PATH)._forward_hooks.values()
+            getattr(layer._stack, self.part).view(-1)[0] += 1
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("fading", [False, True])
+def test_a_stage_whose_stack_was_changed_is_not_kept(tmp_path, part, fading):
+    model = make_tiny_model()
+    schedule = ContextMember(schedule="linear", to=0.0) if fading else ContextMember()
+    item = Rendered(tuple(range(4, 12)), (Branch((20, 21, 2), (True,) * 3),), 0)
+    inputs = StageInputs(
+        "new",
+        Objective(),
+        LoraSettings(rank=2),
+        TrainSettings(max_steps=4, batch_size=2),
+        [item] * 4,
+        [item],
+        {name: (random_adapter(model, 2, seed), schedule) for seed, name in enumerate(("a", "b"))},
+    )
+    with pytest.raises(TrainingError, match="changed its frozen context"):
+        train_stage(model, random_adapter(model, 1, 0).base, 3, inputs, tmp_path / "bad", reporter=Meddler(model, part))
+    assert train_stage(model, random_adapter(model, 1, 0).base, 3, inputs, tmp_path / "good").steps == 4
