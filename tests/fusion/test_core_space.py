@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.lowrank import LowRank
 from lorchestra.errors import AdapterError, UserError
+from lorchestra.fusion import core_space
 from lorchestra.fusion.core_space import CoreSpace
 from lorchestra.fusion.methods import compress, fuse
 
@@ -140,6 +143,141 @@ def test_compressing_the_exact_sum_is_the_same(case, rank):
         assert update.norm() == pytest.approx(found.modules[path].norm(), rel=1e-4, abs=1e-6)
 
 
+def wide(members, rank, m, n, seed=0, spread=1.0):
+    """Adapters of one large module; singular values of the factors fall by ``spread`` over the columns."""
+    generator = torch.Generator().manual_seed(seed)
+    fall = torch.logspace(0, -spread, rank)
+    return [
+        Adapter(
+            {"w": LowRank(torch.randn(m, rank, generator=generator) * fall, torch.randn(rank, n, generator=generator))}
+        )
+        for _ in range(members)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("m", "n"), [(300, 200), (40, 200), (300, 40), (30, 40)])
+@pytest.mark.parametrize("block", [None, 5000])
+def test_many_adapters_and_blocks_of_rows(m, n, dtype, block, monkeypatch):
+    """Σr = 60 stands above, between and below m and n; a few rows at a time are as good as all."""
+    if block:
+        monkeypatch.setattr(core_space, "_BLOCK", block)
+    members = wide(20, 3, m, n)
+    weights = [(-1) ** i * (0.1 + i / 20) for i in range(20)]
+    matrix = dense_sum(members, weights)["w"]
+    S = torch.linalg.svdvals(matrix)
+    found = CoreSpace(members, dtype).compress(weights, rank=8)
+    error = float((found.modules["w"].dense(torch.float64) - matrix).norm())
+    assert error == pytest.approx(float(S[8:].norm()), rel=1e-5)
+    assert found.retained == pytest.approx(float(S[:8].square().sum() / S.square().sum()), rel=1e-6)
+    torch.testing.assert_close(
+        CoreSpace(members, dtype).spectra(weights)["w"][: len(S)], S[:60], rtol=1e-5, atol=1e-5 * float(S[0])
+    )
+
+
+def test_large_cores_are_not_kept(monkeypatch):
+    members = wide(5, 4, 60, 50)
+    kept = CoreSpace(members)
+    expected = kept.compress([1.0] * 5, rank=3)
+    monkeypatch.setattr(core_space, "_KEPT", 10)
+    again = CoreSpace(members)
+    found = again.compress([1.0] * 5, rank=3)
+    assert (len(kept._triangles), len(again._triangles)) == (1, 0)
+    assert torch.equal(found.modules["w"].B, expected.modules["w"].B)
+
+
+@pytest.mark.parametrize("spread", [0.0, 4.0, 12.0])
+def test_float32_arithmetic_is_as_good_as_float32_gets(spread):
+    """Also with the same adapter twice, columns of very different length, and another gauge of very uneven rows."""
+    a, b = wide(2, 8, 400, 300, spread=spread)
+    stretch = torch.logspace(-6, 6, 8)
+    skewed = Adapter({"w": LowRank(a.modules["w"].B * stretch, a.modules["w"].A / stretch[:, None])})
+    members, weights = [a, b, skewed], [0.5, 0.3, 0.2]
+    matrix = dense_sum(members, weights)["w"]
+    U, S, Vh = torch.linalg.svd(matrix)
+    for rank in (4, 16):
+        best = (U[:, :rank] * S[:rank]) @ Vh[:rank]
+        found = CoreSpace(members).compress(weights, rank).modules["w"]
+        assert found.rank <= rank
+        assert float((found.dense(torch.float64) - best).norm()) <= 2e-6 * float(S.norm())
+        torch.testing.assert_close(found.B.norm(dim=0), found.A.norm(dim=1), rtol=1e-3, atol=1e-6 * float(S[0]) ** 0.5)
+
+
+def test_what_cancels_leaves_nothing_but_rounding():
+    a = wide(1, 6, 200, 100)[0]
+    b = Adapter({"w": LowRank(a.modules["w"].B * 3, a.modules["w"].A / 3)})
+    for dtype in (torch.float32, torch.float64):
+        found = CoreSpace([a, b], dtype).compress([1.0, -1.0], rank=12)
+        assert found.modules["w"].norm() <= 1e-6 * a.norm()
+    near = Adapter({"w": LowRank(a.modules["w"].B, a.modules["w"].A * (1 - 2**-12))})
+    kept = CoreSpace([a, near]).compress([1.0, -1.0], rank=12).modules["w"]
+    assert kept.norm() == pytest.approx(2**-12 * a.norm(), rel=5e-3)
+
+
+class TestBudget:
+    """The largest σ² per parameter first, over all modules."""
+
+    @laws
+    @given(sums(), st.integers(1, 400))
+    def test_is_what_its_definition_says(self, case, budget):
+        members, weights = case
+        spectra = {path: torch.linalg.svdvals(m).square() for path, m in dense_sum(members, weights).items()}
+        cost = {path: sum(SHAPES[path]) for path in spectra}
+        queue = sorted(
+            ((float(s), path) for path, power in spectra.items() for s in power if s > 1e-9 * power[0]),
+            key=lambda item: -item[0] / cost[item[1]],
+        )
+        left, ranks, full = budget, dict.fromkeys(spectra, 0), set()
+        for _, path in queue:
+            if cost[path] > left:
+                full.add(path)
+            elif path not in full:
+                left -= cost[path]
+                ranks[path] += 1
+        space = CoreSpace(members, torch.float64)
+        if not any(ranks.values()):
+            with pytest.raises(UserError, match="budget"):
+                space.compress(weights, budget=budget)
+            return
+        found = space.compress(weights, budget=budget)
+        assert {path: update.rank for path, update in found.modules.items()} == {p: r for p, r in ranks.items() if r}
+        assert sum(update.parameters for update in found.modules.values()) <= budget
+        kept = sum(float(power[: ranks[path]].sum()) for path, power in spectra.items())
+        whole = sum(float(power.sum()) for power in spectra.values())
+        assert found.retained == pytest.approx(kept / whole, abs=1e-9)
+        for path, power in spectra.items():
+            if float(power.sum()) > 0:
+                share = float(power[: ranks[path]].sum() / power.sum())
+                assert found.per_module[path] == pytest.approx(share, abs=1e-9)
+
+    @settings(max_examples=15, deadline=None, derandomize=True)
+    @given(st.integers(0, 2**31), st.integers(1, 12))
+    def test_with_modules_of_one_size_no_choice_is_better(self, seed, components):
+        generator = torch.Generator().manual_seed(seed)
+        modules = {
+            name: LowRank(torch.randn(6, 4, generator=generator) * size, torch.randn(4, 5, generator=generator))
+            for name, size in (("a", 1.0), ("b", 0.3), ("c", 2.0))
+        }
+        adapter = Adapter(modules)
+        found = CoreSpace([adapter]).compress([1.0], budget=11 * components)
+        power = {name: torch.linalg.svdvals(update.dense(torch.float64)).square() for name, update in modules.items()}
+        choices = [r for r in itertools.product(range(5), repeat=3) if sum(r) <= components]
+        best = max(sum(float(power[name][:r].sum()) for name, r in zip("abc", ranks, strict=True)) for ranks in choices)
+        kept = sum(update.norm() ** 2 for update in found.modules.values())
+        assert kept == pytest.approx(best, rel=1e-5)
+
+    def test_beside_other_bounds(self):
+        adapter = Adapter({**make({"model.a": 5}, 0).modules, **make({"model.c": 6}, 1).modules})
+        found = CoreSpace([adapter]).compress([1.0], rank=2, budget=1000)
+        assert {update.rank for update in found.modules.values()} == {2}
+
+    def test_too_small(self):
+        with pytest.raises(UserError, match=r"budget of 11 parameters is too small: one rank .* takes 12"):
+            CoreSpace([make({"model.a": 2}, 0)]).compress([1.0], budget=11)
+        with pytest.raises(UserError, match="zero everywhere"):
+            CoreSpace([make({"model.a": 2}, 0)]).compress([0.0], budget=100)
+
+
 def test_no_dense_matrix_is_made():
     """ΔW of these modules would take 3.6 TB."""
     m, n = 1_000_000, 900_000
@@ -171,6 +309,7 @@ class TestBadInput:
             ({"energy": 0.0}, r"in \(0, 1\]; got 0\.0"),
             ({"energy": 1.5}, r"got 1\.5"),
             ({"energy": float("nan")}, "got nan"),
+            ({"budget": 0}, "number of parameters, at least 1; got 0"),
         ],
     )
     def test_bounds(self, bounds, message):
@@ -183,8 +322,17 @@ class TestBadInput:
         with pytest.raises(UserError, match="at least one adapter"):
             CoreSpace([])
 
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_weights(self, bad):
+        with pytest.raises(UserError, match=r"finite numbers; got (nan|inf)"):
+            CoreSpace([make({"model.a": 2}, 0)]).compress([bad], rank=1)
+
+    def test_dtype(self):
+        with pytest.raises(UserError, match=r"float32 or float64; got torch\.bfloat16"):
+            CoreSpace([make({"model.a": 2}, 0)], torch.bfloat16)
+
     def test_shapes(self):
         a = Adapter({"x": LowRank(torch.ones(2, 1), torch.ones(1, 3))})
         b = Adapter({"x": LowRank(torch.ones(3, 1), torch.ones(1, 2))})
-        with pytest.raises(AdapterError, match="different shapes"):
+        with pytest.raises(AdapterError, match=r"module 'x': .*different shapes .*\(2, 3\), \(3, 2\).*different bases"):
             CoreSpace([a, b])

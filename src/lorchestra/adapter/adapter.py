@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -25,8 +25,9 @@ class Adapter:
         modules: full module path in the base (``model.layers.0.self_attn.q_proj``) → its update, float32.
         base: which base it was trained on; empty digests mean unverified.
         lineage: how it was made.
-        transposed: paths of modules whose weight is stored ``[in, out]`` (``Conv1D``). ΔW here is ``[out, in]``
-            all the same; only what writes weights into a base looks at this.
+        transposed: paths of modules whose weight is stored ``[in, out]`` (``Conv1D``, embeddings). ΔW here is
+            ``[out, in]`` all the same; only what writes weights into a base looks at this.
+        embeddings: those of them that look rows up by token: ΔW is ``[width, tokens]``.
 
     Raises:
         AdapterError: no modules, or NaN or infinity in a factor.
@@ -36,6 +37,7 @@ class Adapter:
     base: BaseId = BaseId()
     lineage: Lineage = Lineage()
     transposed: frozenset[str] = frozenset()
+    embeddings: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if not self.modules:
@@ -46,6 +48,8 @@ class Adapter:
                     f"adapter module {path!r} holds NaN or infinity; it was damaged or its training diverged"
                 )
         object.__setattr__(self, "modules", MappingProxyType(dict(sorted(self.modules.items()))))
+        object.__setattr__(self, "embeddings", self.embeddings & self.modules.keys())
+        object.__setattr__(self, "transposed", (self.transposed | self.embeddings) & self.modules.keys())
 
     @cached_property
     def digest(self) -> str:
@@ -63,7 +67,7 @@ class Adapter:
 
     def __mul__(self, weight: float) -> Adapter:
         """The adapter at coefficient ``weight``; the lineage goes with the caller."""
-        return Adapter({p: m * weight for p, m in self.modules.items()}, self.base, Lineage(), self.transposed)
+        return replace(self, modules={p: m * weight for p, m in self.modules.items()}, lineage=Lineage())
 
     __rmul__ = __mul__
 

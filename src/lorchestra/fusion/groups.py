@@ -93,8 +93,7 @@ def members_by_layer_groups(members: Mapping[str, Adapter], count: int) -> dict[
 def part_of(adapter: Adapter, paths: Iterable[str]) -> Adapter:
     """The adapter over ``paths`` alone."""
     kept = set(paths)
-    modules = {path: update for path, update in adapter.modules.items() if path in kept}
-    return replace(adapter, modules=modules, transposed=adapter.transposed & kept)
+    return replace(adapter, modules={path: update for path, update in adapter.modules.items() if path in kept})
 
 
 def matches(pattern: str, path: str) -> bool:

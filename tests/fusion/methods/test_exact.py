@@ -16,7 +16,7 @@ from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.lineage import BaseId, Lineage, Parent
 from lorchestra.adapter.lowrank import LowRank
 from lorchestra.errors import AdapterError, UserError
-from lorchestra.fusion.methods import compress, fuse, linear
+from lorchestra.fusion.methods import average, compress, fuse, linear, subtract
 
 laws = settings(max_examples=40, deadline=None, derandomize=True)
 weights = st.just(0.0) | st.floats(0.01, 3) | st.floats(-3, -0.01)
@@ -166,6 +166,35 @@ def test_where_peft_linear_is_wrong():
     assert (summed["model.a"] - oracle["model.a"]).norm() > 0.5 * oracle["model.a"].norm()
 
 
+@laws
+@given(sums())
+def test_average_is_the_sum_over_the_sum_of_weights(case):
+    found, given = case
+    total = sum(given)
+    named = {f"m{i}": adapter for i, adapter in enumerate(found)}
+    weighted = dict(zip(named, given, strict=True))
+    if abs(total) < 0.05:
+        return
+    mean = average(named, weighted)
+    assert_is(mean, {path: matrix / total for path, matrix in dense_sum(found, given).items()}, 1e-8 / abs(total))
+    assert sum(parent.coefficient for parent in mean.lineage.parents) == pytest.approx(1.0)
+
+
+@laws
+@given(sums())
+def test_subtract_takes_the_others_from_the_first(case):
+    found, given = case
+    if len(found) < 2:
+        return
+    named = {f"m{i}": adapter for i, adapter in enumerate(found)}
+    signed = [given[0], *(-weight for weight in given[1:])]
+    made = subtract(named, dict(zip(named, given, strict=True)))
+    assert_is(made, dense_sum(found, signed))
+    assert all(parent.coefficient == signed[int(parent.name[1:])] for parent in made.lineage.parents), (
+        "the lineage has the coefficients of the sum"
+    )
+
+
 class TestLineage:
     def test_parents_with_coefficients(self):
         base = BaseId("tiny", "sha256:1")
@@ -216,6 +245,13 @@ class TestBadInput:
         with pytest.raises(UserError, match="the sum is the base itself"):
             linear({"a": make({"model.a": 1}, 0)}, given)
 
+    def test_averages_and_differences_of_nothing(self):
+        a, b = make({"model.a": 1}, 0), make({"model.a": 1}, 1)
+        with pytest.raises(UserError, match="sum to zero, so there is no average; use linear"):
+            average({"a": a, "b": b}, {"a": 0.5, "b": -0.5})
+        with pytest.raises(UserError, match="needs two or more; to negate one, use linear with a negative weight"):
+            subtract({"a": a}, {"a": 1.0})
+
     def test_other_bases(self):
         a = make({"model.a": 1}, 0, base=BaseId("one", "sha256:1"))
         b = make({"model.a": 1}, 1, base=BaseId("two", "sha256:2"))
@@ -225,5 +261,7 @@ class TestBadInput:
     def test_other_shapes(self):
         a = Adapter({"x": LowRank(torch.ones(2, 1), torch.ones(1, 3))})
         b = Adapter({"x": LowRank(torch.ones(3, 1), torch.ones(1, 2))})
-        with pytest.raises(AdapterError, match=r"module 'x': .*\(2, 3\), \(3, 2\)"):
+        with pytest.raises(
+            AdapterError, match=r"module 'x': adapter0 changes .*\(2, 3\), adapter1 one of \(3, 2\); .*bases"
+        ):
             fuse([a, b], [1, 1])
