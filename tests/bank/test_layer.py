@@ -67,7 +67,7 @@ def test_while_a_member_trains_a_changed_stack_cannot_slip_away(then):
     def go_on():
         if then == "evict":
             bank.evict("a")
-        with bank.using({"b": 1.0, "new": 1.0}):
+        with bank.using({"b": 1.0}):
             logits(model, IDS)
 
     with pytest.raises(TrainingError, match="changed its frozen context"):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lorchestra.train.context import final_weights, first_weights, weight_at, weights_at
+from lorchestra.train.context import final_weights, first_weights, progress_at, weight_at, weights_at
 from lorchestra.train.settings import ContextMember
 
 fractions = st.floats(0, 1)
@@ -91,3 +91,17 @@ def test_first_and_final_weights_of_a_context():
 def test_a_fade_needs_time(schedule, start, end):
     with pytest.raises(ValidationError, match="must come before end"):
         ContextMember(schedule=schedule, start=start, end=end)
+
+
+@given(members(), st.integers(2, 50))
+def test_the_last_step_trains_at_the_weights_that_are_validated(member, steps):
+    """And the first at those of the preference reference; by even strides between."""
+    weights = [weight_at(member, progress_at(step, steps)) for step in range(steps)]
+    assert {"m": weights[0]} == first_weights({"m": member})
+    assert {"m": weights[-1]} == final_weights({"m": member})
+    strides = [progress_at(step + 1, steps) - progress_at(step, steps) for step in range(steps - 1)]
+    assert strides == pytest.approx([1 / (steps - 1)] * (steps - 1))
+
+
+def test_a_single_step_trains_where_the_reference_stands():
+    assert progress_at(0, 1) == 0.0

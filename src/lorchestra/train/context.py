@@ -20,6 +20,14 @@ def weight_at(member: ContextMember, progress: float) -> float:
     return member.weight + (member.to - member.weight) * t
 
 
+def progress_at(step: int, steps: int) -> float:
+    """How much of the training is done at ``step`` (from 0) of ``steps``: 0 at the first, 1 at the last.
+
+    So the last step trains at the weights that validation and the lineage speak of. A single step trains at the first.
+    """
+    return step / (steps - 1) if steps > 1 else 0.0
+
+
 def weights_at(context: Mapping[str, ContextMember], progress: float) -> dict[str, float]:
     """Name → weight of the whole context at ``progress``."""
     return {name: weight_at(member, progress) for name, member in context.items()}

@@ -15,7 +15,7 @@ from lorchestra.bank import Bank, TrainableMember
 from lorchestra.errors import Interrupted, TrainingError, UserError
 from lorchestra.events import Reporter, Task
 from lorchestra.train.checkpoint import Checkpoints, Progress
-from lorchestra.train.context import final_weights, weights_at
+from lorchestra.train.context import final_weights, progress_at, weights_at
 from lorchestra.train.interrupt import Interrupts
 from lorchestra.train.objectives import StageObjective
 from lorchestra.train.orthogonality import penalty, project_gradients
@@ -162,7 +162,7 @@ class Loop:
 
     def _step(self, step: int) -> dict[str, Any]:
         """Forward, backward and update of optimiser step ``step`` (from 0); returns its row of the history."""
-        weights = weights_at(self.context, step / self.plan.steps)
+        weights = weights_at(self.context, progress_at(step, self.plan.steps))
         micro_batches = [self.objective.pack(indices) for indices in self.plan.step(step)]
         total = sum(self.objective.weight(packed) for packed in micro_batches)
         row: dict[str, Any] = {"step": step + 1, "loss": 0.0}
