@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,15 @@ from typing import Any
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.bank import Bank
 from lorchestra.base.load import Base
-from lorchestra.evaluate.metrics import loss_draws
-from lorchestra.evaluate.score import Domain, Kind, Scores, make_domain, score
+from lorchestra.evaluate.score import Domain, Kind, make_domain
 from lorchestra.events import Reporter
-from lorchestra.fusion.search import Candidate, Weights, candidates, context_warnings, heuristic, search, weights_key
-from lorchestra.pipeline.cache import SCRATCH, Step, StepCache, step_digest, write_json
+from lorchestra.fusion.search import Candidate, context_warnings, heuristic
+from lorchestra.pipeline.cache import Step, StepCache, step_digest, write_json
 from lorchestra.pipeline.prepare import Prepared
+from lorchestra.pipeline.searching import SearchPlan, search_weights
 from lorchestra.recipe.recipe import Recipe
 
-SEARCH_VERSION = 1
+SEARCH_VERSION = 2  # fixed points, then a strategy
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,9 @@ def betas(recipe: Recipe) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class SearchInputs:
-    """What a search depends on: the points it tries, the domains it tries them on, and the step's digest."""
+    """What a search depends on: how it searches, the domains it tries points on, and the step's digest."""
 
-    points: list[Candidate]
+    plan: SearchPlan
     domains: dict[str, Domain]
     digest: str
 
@@ -67,7 +66,9 @@ def choose(
     inputs = search_inputs(prepared, members, str(base.dtype))
 
     def make(work: Path) -> dict[str, Any]:
-        return _search(work, inputs.points, members, inputs.domains, base, betas(recipe), reporter)
+        found = search_weights(base, members, inputs.domains, betas(recipe), inputs.plan, work, reporter)
+        write_json(work / "searched.json", found.as_dict())
+        return {"candidates": [candidate.as_dict() for candidate in found.candidates], "slopes": found.slopes}
 
     return concluded(members, inputs, cache.build("search", inputs.digest, make, reporter.say))
 
@@ -91,18 +92,18 @@ def search_inputs(prepared: Prepared, members: Mapping[str, Adapter], dtype: str
     stages = {stage.name for stage in recipe.stages}
     found = domains_of(prepared, "validation", recipe.fusion.validation_limit, choices=False)
     domains = {name: domain for name, domain in found.items() if name in stages}
-    points = candidates(members, recipe.fusion.candidates, recipe.seeds.data)
+    plan = SearchPlan(budget=recipe.fusion.candidates, seed=recipe.seeds.data)
     digest = step_digest(
         "search",
         SEARCH_VERSION,
-        {"points": [dict(p.weights) for p in points], "betas": betas(recipe), "dtype": dtype},
+        {"plan": plan.as_dict(), "betas": betas(recipe), "dtype": dtype},
         {
             "base": prepared.base_digest,
             "members": {name: adapter.digest for name, adapter in members.items()},
             "domains": {name: domain.digest for name, domain in domains.items()},
         },
     )
-    return SearchInputs(points, domains, digest)
+    return SearchInputs(plan, domains, digest)
 
 
 def concluded(members: Mapping[str, Adapter], inputs: SearchInputs, step: Step) -> Chosen:
@@ -121,50 +122,13 @@ def concluded(members: Mapping[str, Adapter], inputs: SearchInputs, step: Step) 
     warnings += context_warnings(members, best.weights)
     items = sum(len(domain.items) for domain in inputs.domains.values())
     told = {
-        "strategy": "fixed points and scrambled Sobol over total scale × simplex",
+        "strategy": inputs.plan.strategy,
         "members": list(members),
         "chosen": dict(best.weights),
         "candidates": [c.as_dict() for c in tried],
         "validation_items": items,
     }
     return Chosen(dict(best.weights), told, tuple(warnings), step)
-
-
-def _search(
-    work: Path,
-    points: list[Candidate],
-    members: Mapping[str, Adapter],
-    domains: Mapping[str, Domain],
-    base: Base,
-    beta: Mapping[str, float],
-    reporter: Reporter,
-) -> dict[str, Any]:
-    """Mean over domains of loss / base loss, per candidate; scores are kept as they come."""
-    bank = mounted(base, members)
-    kept = work / SCRATCH / "scores.json"
-    known: dict[str, float] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-
-    def measured(weights: Weights) -> dict[str, Scores]:
-        with bank.using(dict(weights)):
-            return {name: score(base.model, domain, base.pad_id) for name, domain in domains.items()}
-
-    reference: dict[str, Scores] = {}
-
-    def value(weights: Weights) -> float:
-        if not reference:
-            reference.update(measured({}))
-        found = measured(weights) if weights_key(weights) else reference
-        return float(loss_draws(found, reference, beta, resamples=1)[0])
-
-    def remember(key: str, number: float) -> None:
-        known[key] = number
-        write_json(kept, known)
-
-    try:
-        result = search(points, value, known=dict(known), reporter=reporter, on_score=remember)
-    finally:
-        bank.unmount()
-    return {"candidates": [candidate.as_dict() for candidate in result.candidates]}
 
 
 def mounted(base: Base, members: Mapping[str, Adapter]) -> Bank:

@@ -1,44 +1,33 @@
-"""Choosing coefficients: the candidates, the article's heuristics, and a search that only calls back."""
+"""The points of a search that come from the members themselves: stacks, singles, the article's rules of thumb."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any
 
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.errors import UserError
-from lorchestra.events import SILENT, Reporter
 
-Origin = Literal["stack", "single", "uniform", "base", "simplex"]
 Weights = Mapping[str, float]
 HEURISTICS = ("equal", "later", "specialised", "last")
-# Total scales of the drawn points: from half an average (Σλ = 1) to 1.25 times the largest stack (near Σλ = K).
-LEAST, MOST = 0.5, 1.25
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Coefficients, where they come from, and (after the search) their score."""
+    """Coefficients, where they come from, and (after the search) their score.
+
+    ``origin`` is that of a fixed point (``stack``, ``drop``, ``single``, ``uniform``, ``base``) or the strategy that
+    proposed it.
+    """
 
     weights: Weights
-    origin: Origin
+    origin: str
     score: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON."""
         return {"weights": dict(self.weights), "origin": self.origin, "score": self.score}
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """All candidates with their scores, in the order tried, and the chosen one (lowest score)."""
-
-    candidates: tuple[Candidate, ...]
-    chosen: Candidate
 
 
 def weights_key(weights: Weights) -> str:
@@ -63,78 +52,45 @@ def stack_of(name: str, members: Mapping[str, Adapter]) -> dict[str, float] | No
     return {**point, name: 1.0}
 
 
-def candidates(members: Mapping[str, Adapter], budget: int, seed: int = 0) -> list[Candidate]:
-    """The points worth trying, without repetition.
+def candidates(members: Mapping[str, Adapter]) -> list[Candidate]:
+    """The fixed points, which every search tries first; without repetition.
 
-    Always: every trained stack point (stages trained on an active context sit outside Σλ = 1), each single
-    adapter, uniform 1/K and the base. Then, up to ``budget``, total scale × simplex: directions from a scrambled
-    Sobol sequence mapped to the simplex, with totals from 0.5 to 1.25 times the largest stack's.
+    Every trained stack (stages trained on an active context sit outside Σλ = 1), the largest first; that largest
+    stack without one of its stages; each single adapter; uniform 1/K; the base.
 
     Args:
         members: name → adapter, in training order.
-        budget: how many; the fixed points are tried even if they are more.
-        seed: of the drawn points.
     """
     names = list(members)
     found: dict[str, Candidate] = {}
 
-    def add(weights: Weights, origin: Origin) -> None:
+    def add(weights: Weights, origin: str) -> None:
         found.setdefault(weights_key(weights), Candidate(dict(weights), origin))
 
-    stacks = [stack for name in names if (stack := stack_of(name, members)) is not None]
-    for stack in reversed(stacks):
-        if sum(weight != 0 for weight in stack.values()) > 1:
-            add(stack, "stack")
+    stacks = [stack for name in reversed(names) if (stack := stack_of(name, members)) is not None and _parts(stack) > 1]
+    for stack in stacks:
+        add(stack, "stack")
     for name in names:
         add({other: float(other == name) for other in names}, "single")
+    if stacks:
+        largest = max(stacks, key=_parts)
+        for name in names:
+            if largest[name]:
+                add({**largest, name: 0.0}, "drop")
     if len(names) > 1:
         add(dict.fromkeys(names, 1 / len(names)), "uniform")
     add(dict.fromkeys(names, 0.0), "base")
-    most = max([1.0, *(sum(stack.values()) for stack in stacks)])
-    for point in _spread(len(names), max(budget - len(found), 0), most, seed):
-        add(dict(zip(names, point, strict=True)), "simplex")
     return list(found.values())
 
 
-def search(
-    points: Sequence[Candidate],
-    score: Callable[[Weights], float],
-    *,
-    known: Mapping[str, float] | None = None,
-    reporter: Reporter = SILENT,
-    on_score: Callable[[str, float], None] = lambda key, value: None,
-) -> SearchResult:
-    """Score every point, keep the lowest; ties go to the earlier point.
+def largest_total(members: Mapping[str, Adapter]) -> float:
+    """Σλ of the trained stack that has the most; 1 at least."""
+    stacks = (stack_of(name, members) for name in members)
+    return max([1.0, *(sum(stack.values()) for stack in stacks if stack is not None)])
 
-    Args:
-        points: from :func:`candidates`.
-        score: coefficients → loss on λ-validation (lower is better); one that is not finite counts as infinite.
-        known: scores by :func:`weights_key` from an interrupted search; they are not computed again.
-        reporter: progress, with the best score so far.
-        on_score: hears every new score, so that the caller can keep it.
 
-    Raises:
-        UserError: no points, or a score that is not finite everywhere.
-    """
-    if not points:
-        raise UserError("a search needs at least one candidate")
-    scores = dict(known or {})
-    done: list[Candidate] = []
-    best = math.inf
-    with reporter.task("search weights", len(points), "candidate") as task:
-        for point in points:
-            key = weights_key(point.weights)
-            if key not in scores:
-                found = float(score(point.weights))
-                scores[key] = found if math.isfinite(found) else math.inf
-                on_score(key, scores[key])
-            done.append(Candidate(point.weights, point.origin, scores[key]))
-            reporter.event("candidate", weights=dict(point.weights), score=scores[key], origin=point.origin)
-            best = min(best, scores[key])
-            task.advance(1, best=best)
-    if not math.isfinite(best):
-        raise UserError("no candidate has a finite score; the adapters or the validation data are damaged")
-    return SearchResult(tuple(done), next(c for c in done if c.score == best))
+def _parts(weights: Weights) -> int:
+    return sum(weight != 0 for weight in weights.values())
 
 
 def heuristic(name: str, members: Mapping[str, Adapter]) -> dict[str, float]:
@@ -191,16 +147,3 @@ def context_warnings(members: Mapping[str, Adapter], weights: Weights) -> list[s
                 else:
                     warnings.append(f"{trained}; with {name} at {own:g} that is {want:g}, but it is {have:g} here")
     return warnings
-
-
-def _spread(K: int, count: int, most: float, seed: int) -> list[list[float]]:
-    if count == 0:
-        return []
-    from scipy.stats import qmc
-
-    size = 1 << max(count - 1, 0).bit_length()
-    unit = qmc.Sobol(K + 1, seed=seed).random(size)[:count]
-    shares = -np.log(np.clip(unit[:, :K], 1e-9, 1 - 1e-9))
-    shares /= shares.sum(axis=1, keepdims=True)
-    totals = LEAST + (MOST * most - LEAST) * unit[:, K]
-    return [[round(float(v), 4) for v in row] for row in shares * totals[:, None]]

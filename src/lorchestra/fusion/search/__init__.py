@@ -1,0 +1,33 @@
+"""Choosing coefficients on λ-validation: a search that only calls back, and never loads a model."""
+
+from lorchestra.fusion.search.candidates import (
+    HEURISTICS,
+    Candidate,
+    Weights,
+    candidates,
+    context_warnings,
+    heuristic,
+    stack_of,
+    weights_key,
+)
+from lorchestra.fusion.search.driver import SearchResult, search
+from lorchestra.fusion.search.problem import Objective, Space
+from lorchestra.fusion.search.strategies import DEFAULT, STRATEGIES, Strategy
+
+__all__ = [
+    "DEFAULT",
+    "HEURISTICS",
+    "STRATEGIES",
+    "Candidate",
+    "Objective",
+    "SearchResult",
+    "Space",
+    "Strategy",
+    "Weights",
+    "candidates",
+    "context_warnings",
+    "heuristic",
+    "search",
+    "stack_of",
+    "weights_key",
+]
