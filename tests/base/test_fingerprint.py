@@ -160,6 +160,7 @@ def written(header, data=b"\0" * 16, size=None):
         (written({"a": entry(0, 8), "b": entry(8, 4)}), "overlaps another or leaves a gap"),
         (written({"a": entry(0, 8), "b": entry(8, 24)}), r"should have .* bytes and has"),
         (written({"a": entry(0, 8)}), r"should have .* bytes and has"),
+        (written({"a": entry(0, 16)}), r"'a' of shape \(2,\) in F32 has 16 bytes"),
     ],
 )
 def test_damage(tmp_path, content, says):

@@ -47,6 +47,15 @@ def adapter_for(model, seed=0, only="", scale=0.1):
     return Adapter(modules, BaseId("tiny"), Lineage(name="a"), frozenset(transposed))
 
 
+def embedding_adapter(path, seed=0, vocabulary=260, hidden=32):
+    """ΔW of an embedding is [hidden, vocabulary] and stored as its transpose; the head's is [vocabulary, hidden]."""
+    generator = torch.Generator().manual_seed(seed)
+    wide, narrow = (torch.randn(size, 3, generator=generator) * 0.2 for size in (vocabulary, hidden))
+    if path.endswith("lm_head"):
+        return Adapter({path: LowRank(wide, narrow.T)})
+    return Adapter({path: LowRank(narrow, wide.T)}, transposed=frozenset({path}))
+
+
 def tensors(directory):
     return {name: t for shard in directory.glob("*.safetensors") for name, t in load_file(shard).items()}
 
@@ -165,24 +174,54 @@ def test_an_untied_head_is_merged(tmp_path):
     assert_same(tensors(tmp_path / "out"), in_memory(tensors(base), adapter))
 
 
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_report_against_numpy(dtype, tmp_path):
-    base = saved(make_tiny_model(), tmp_path / "base")
+def test_the_report_against_numpy(dtype, stored, tmp_path):
+    """Norms, what rounding lost (of an entry at most itself), the entries without a trace, the worst module."""
+    base = saved(make_tiny_model().to(DTYPES[stored]), tmp_path / "base")
     adapter = adapter_for(make_tiny_model(), scale=0.01)
     report = merge(base, adapter, tmp_path / "out", dtype=dtype)
     before, after = tensors(base), tensors(tmp_path / "out")
-    update = weight = lost = 0.0
+    rows = {}
     for path, module in adapter.modules.items():
-        W, M = before[f"{path}.weight"].double().numpy(), after[f"{path}.weight"].double().numpy()
+        stored_weight = before[f"{path}.weight"]
+        three = (stored_weight, after[f"{path}.weight"], stored_weight.to(DTYPES[dtype]))
+        W, M, R = (tensor.double().numpy() for tensor in three)
         D = module.B.double().numpy() @ module.A.double().numpy()
-        update, weight = update + np.sum(D**2), weight + np.sum(W**2)
-        lost += np.sum((M - W - D) ** 2)
+        lost = np.minimum(np.abs(M - R - D), np.abs(D))
+        rows[path] = [np.sum(x**2) for x in (W, D, lost, R - W)] + [D.size, np.count_nonzero(M != R)]
+    weight, update, lost, moved, entries, changed = np.sum(list(rows.values()), axis=0)
     assert report.update_ratio == pytest.approx(np.sqrt(update / weight), rel=1e-5)
     assert report.rounding_lost == pytest.approx(np.sqrt(lost / update), rel=1e-3)
+    assert report.entries_lost == pytest.approx(1 - changed / entries, abs=1e-9)
+    assert report.base_rounding == pytest.approx(np.sqrt(moved / weight), rel=1e-5)
+    worst = max(rows, key=lambda path: rows[path][2] / rows[path][1])
+    assert report.worst["module"] == worst
+    assert report.worst["rounding_lost"] == pytest.approx(np.sqrt(rows[worst][2] / rows[worst][1]), rel=1e-3)
+    assert report.worst["entries_lost"] == pytest.approx(1 - rows[worst][5] / rows[worst][4], abs=1e-9)
     assert report.as_dict() == asdict(report)
-    bounds = {"float32": (0, 1e-4), "float16": (1e-3, 0.3), "bfloat16": (0.1, 1.5)}
-    low, high = bounds[dtype]
+    low, high = {"float32": (0, 1e-4), "float16": (1e-3, 0.3), "bfloat16": (0.1, 1.0)}[dtype]
     assert low <= report.rounding_lost <= high
+    assert (report.base_rounding > 0) == (dtype != "float32" and dtype != stored)
+
+
+def test_what_rounding_lost_is_never_more_than_the_update(tmp_path):
+    """A float32 base in bfloat16: the base's own rounding, far larger than the update, is told apart."""
+    base = saved(make_tiny_model(), tmp_path / "base")
+    report = merge(base, adapter_for(make_tiny_model(), scale=1e-4), tmp_path / "out", dtype="bfloat16")
+    assert report.base_rounding > 100 * report.update_ratio
+    assert 0.9 < report.rounding_lost <= 1
+    assert 0.99 < report.entries_lost <= 1
+    assert report.worst["rounding_lost"] <= 1
+
+
+def test_entries_that_the_update_does_not_reach_are_not_counted_as_lost(tmp_path):
+    base = saved(make_tiny_model(), tmp_path / "base")
+    path, update = next(iter(adapter_for(make_tiny_model()).modules.items()))
+    B, A = update.B.clone(), update.A.clone()
+    B[3:], A[:, :5] = 0, 0
+    report = merge(base, Adapter({path: LowRank(B, A)}), tmp_path / "out")
+    assert report.entries_lost == pytest.approx(0, abs=0.02)
 
 
 def test_configuration_and_note(tmp_path):
@@ -195,6 +234,70 @@ def test_configuration_and_note(tmp_path):
     assert json.loads((tmp_path / "wide" / "config.json").read_text()) == {**config, "dtype": "float32"}
     note = json.loads((tmp_path / "wide" / "lorchestra.json").read_text())
     assert (note["made_by"], note["adapter"], note["lineage"]["name"]) == ("merge", adapter.digest, "a")
+
+
+class TestSharedEmbeddings:
+    """One weight, two places: an update of one of them must not reach the other."""
+
+    @pytest.mark.parametrize("path", ["lm_head", "model.embed_tokens"])
+    @pytest.mark.parametrize("written_out", [False, True])
+    def test_untied_it_answers_as_base_and_adapter(self, tmp_path, path, written_out):
+        from transformers import AutoModelForCausalLM
+
+        model = make_tiny_model()
+        base = saved(model, tmp_path / "base", max_shard_size="20KB")
+        if written_out:
+            shard = next(f for f in base.glob("*.safetensors") if "model.embed_tokens.weight" in load_file(f))
+            weights = load_file(shard)
+            save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, shard)
+        adapter = embedding_adapter(path)
+        merge(base, adapter, tmp_path / "out", untie=True)
+        W = model.get_input_embeddings().weight
+        update = adapter.modules[path]
+        changed = W + (update.dense() if path == "lm_head" else update.dense().T)
+        found = tensors(tmp_path / "out")
+        assert torch.equal(found["model.embed_tokens.weight"], W if path == "lm_head" else changed)
+        assert torch.equal(found["lm_head.weight"], changed if path == "lm_head" else W)
+        merged, how = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+        assert not how["missing_keys"]
+        assert not how["unexpected_keys"]
+        hidden = torch.nn.functional.embedding(IDS, W if path == "lm_head" else changed)
+        with torch.no_grad():
+            states = model.model(inputs_embeds=hidden).last_hidden_state
+            expected = states @ (changed if path == "lm_head" else W).T
+            torch.testing.assert_close(merged(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
+        index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+        assert set(index["weight_map"]) == set(found)
+        assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
+
+    def test_both_at_once(self, tmp_path):
+        base = saved(make_tiny_model(), tmp_path / "base")
+        one, two = embedding_adapter("lm_head", 1), embedding_adapter("model.embed_tokens", 2)
+        merge(base, Adapter({**one.modules, **two.modules}, transposed=two.transposed), tmp_path / "out", untie=True)
+        W, found = tensors(base)["model.embed_tokens.weight"], tensors(tmp_path / "out")
+        assert torch.equal(found["lm_head.weight"], W + one.modules["lm_head"].dense())
+        assert torch.equal(found["model.embed_tokens.weight"], W + two.modules["model.embed_tokens"].dense().T)
+
+    def test_an_embedding_of_its_own(self, tmp_path):
+        model = make_tiny_model(tie_word_embeddings=False)
+        base = saved(model, tmp_path / "base")
+        adapter = embedding_adapter("model.embed_tokens")
+        merge(base, adapter, tmp_path / "out")
+        assert_same(tensors(tmp_path / "out"), in_memory(tensors(base), adapter))
+
+    def test_gpt2_whose_configuration_does_not_say_that_it_ties(self, tmp_path):
+        base = saved(make_gpt2(), tmp_path / "base")
+        config = json.loads((base / "config.json").read_text())
+        config.pop("tie_word_embeddings", None)
+        (base / "config.json").write_text(json.dumps(config))
+        adapter = embedding_adapter("transformer.wte", vocabulary=50, hidden=16)
+        with pytest.raises(AdapterError, match="--untie"):
+            merge(base, adapter, tmp_path / "out")
+        merge(base, adapter, tmp_path / "out", untie=True)
+        W = tensors(base)["transformer.wte.weight"]
+        found = tensors(tmp_path / "out")
+        assert torch.equal(found["lm_head.weight"], W)
+        assert torch.equal(found["transformer.wte.weight"], W + adapter.modules["transformer.wte"].dense().T)
 
 
 class TestCompanions:
@@ -271,15 +374,15 @@ class TestRefusals:
         with pytest.raises(AdapterError, match=r"shape \(32, 48\); the base's is \(48, 32\)"):
             merge(base, Adapter(adapter.modules, transposed=frozenset(adapter.modules)), tmp_path / "out")
 
+    @pytest.mark.parametrize("path", ["lm_head", "model.embed_tokens"])
     @pytest.mark.parametrize("written_out", [False, True])
-    def test_a_tied_head(self, base, tmp_path, written_out):
-        """Some files hold the tied weight twice; transformers would read it once and drop the change."""
+    def test_a_shared_embedding(self, base, tmp_path, written_out, path):
         if written_out:
             weights = tensors(base)
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
             save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(AdapterError, match=r"'lm_head', whose weight is the input embedding's too.*untie them"):
-            merge(base, adapter_for(make_tiny_model(), only="lm_head"), tmp_path / "out")
+        with pytest.raises(AdapterError, match=rf"changes '{path}', whose weight .* share in this base.*--untie"):
+            merge(base, embedding_adapter(path), tmp_path / "out")
 
     def test_two_modules_for_one_weight(self, base, tmp_path):
         adapter = adapter_for(make_tiny_model(), only="layers.0.self_attn.q_proj")
@@ -291,24 +394,24 @@ class TestRefusals:
     def test_a_quantised_base(self, base, tmp_path):
         config = json.loads((base / "config.json").read_text())
         (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-        with pytest.raises(SourceError, match="quantised; merging would have to round twice"):
+        with pytest.raises(SourceError, match=r"is quantised \(gptq\).*--dequantise"):
             merge(base, adapter_for(make_tiny_model()), tmp_path / "out")
 
     def test_tensors_of_a_strange_type(self, base, tmp_path):
         weights = tensors(base)
         weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.float8_e4m3fn)
         save_file(weights, base / "model.safetensors")
-        with pytest.raises(SourceError, match="type F8_E4M3, which cannot be merged"):
+        with pytest.raises(SourceError, match=r"'model\.norm\.weight' of the base is of type F8_E4M3"):
             merge(base, adapter_for(make_tiny_model()), tmp_path / "out")
 
     def test_damaged_bases(self, base, tmp_path):
         adapter = adapter_for(make_tiny_model())
         good = (base / "model.safetensors").read_bytes()
         (base / "model.safetensors").write_bytes(good[:-7])
-        with pytest.raises(SourceError, match="damaged or not a safetensors file"):
+        with pytest.raises(SourceError, match="not a safetensors file, or is damaged"):
             merge(base, adapter, tmp_path / "out")
         (base / "model.safetensors").unlink()
-        with pytest.raises(SourceError, match=r"holds no .*safetensors to merge into"):
+        with pytest.raises(SourceError, match=r"holds no .*safetensors"):
             merge(base, adapter, tmp_path / "out")
         (base / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-1.safetensors"}}')
         with pytest.raises(SourceError, match=r"incomplete: .*model-1\.safetensors"):

@@ -25,7 +25,9 @@ _WHY = {
 
 
 @contextmanager
-def whole_directory(target: Path, what: str, replaces: str | None = None) -> Iterator[Path]:
+def whole_directory(
+    target: Path, what: str, replaces: str | None = None, keeps: str | None = None, synced: bool = True
+) -> Iterator[Path]:
     """Yields an empty sibling of ``target`` to fill; it takes ``target``'s name when the block ends without an error.
 
     Args:
@@ -33,28 +35,32 @@ def whole_directory(target: Path, what: str, replaces: str | None = None) -> Ite
         what: is being written, for messages (``"the adapter"``).
         replaces: a directory that holds a file of this name is an earlier one of the same kind and is replaced;
             entries of it that the new one does not have are kept. Any other directory must be empty.
+        keeps: a file of this name makes the sibling worth keeping after an error, for the next try, which is then
+            given it as it was left (one process at a time: the caller's care).
+        synced: flush it to the disk before it gets its name.
 
     Raises:
         StorageError: ``target`` is a file or holds something else, or the disk is full or closed. Nothing new stands
             under the final name then.
     """
     target = Path(os.path.realpath(target))
-    partial = _sibling(target, "partial")
+    partial = target.with_name(f".{target.name}.partial") if keeps else _sibling(target, "partial")
     try:
         if target.exists() and not target.is_dir():
             raise StorageError(f"cannot write {what} to {target}: a file is there; choose another name")
         if target.is_dir() and any(target.iterdir()) and not (replaces and (target / replaces).is_file()):
             raise StorageError(f"cannot write {what} to {target}: it is not empty; choose another directory")
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=keeps is not None)
         yield partial
-        for path in (*partial.rglob("*"), partial):
+        for path in (*partial.rglob("*"), partial) if synced else ():
             _sync(path)
         _swap(partial, target)
     except OSError as error:
         why = _WHY.get(error.errno or 0) or f"{error.strerror or error} ({error.filename or target})"
         raise StorageError(f"cannot write {what} to {target}: {why}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if keeps is None or not (partial / keeps).is_file():
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _swap(partial: Path, target: Path) -> None:

@@ -10,11 +10,11 @@ from lorchestra.adapter.digest import json_digest
 from lorchestra.adapter.lineage import BaseId
 from lorchestra.base.home import home
 from lorchestra.base.lock import locked
+from lorchestra.base.safetensors_file import entries
 from lorchestra.errors import SourceError
 
 # Format of the cached fingerprints; raise it when the digests are computed differently.
 VERSION = 1
-MAX_HEADER = 100_000_000  # bytes; what safetensors itself allows
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "spiece.model", "vocab.txt")
 
 
@@ -61,12 +61,12 @@ def fingerprint(directory: Path, name: str = "") -> BaseId:
 def _weights_digest(shards: list[Path]) -> str:
     tensors: dict[str, tuple[Path, int, int, str, tuple[int, ...]]] = {}
     for shard in shards:
-        for name, dtype, shape, first, last in _tensors(shard):
-            if name in tensors:
+        for entry in entries(shard):
+            if entry.name in tensors:
                 raise SourceError(
-                    f"{shard} holds {name!r}, which {tensors[name][0].name} holds too; remove one of them"
+                    f"{shard} holds {entry.name!r}, which {tensors[entry.name][0].name} holds too; remove one of them"
                 )
-            tensors[name] = (shard, first, last - first, dtype, shape)
+            tensors[entry.name] = (shard, entry.first, entry.size, entry.dtype, entry.shape)
     sha = hashlib.sha256()
     for name, (shard, offset, size, dtype, shape) in sorted(tensors.items()):
         sha.update(f"{name}\0{dtype}\0{shape}\0".encode())
@@ -80,36 +80,6 @@ def _weights_digest(shards: list[Path]) -> str:
                 sha.update(block)
                 left -= len(block)
     return "sha256:" + sha.hexdigest()
-
-
-def _tensors(shard: Path) -> list[tuple[str, str, tuple[int, ...], int, int]]:
-    """(name, dtype, shape, first byte, end) of every tensor of a safetensors file; together they fill the file."""
-    damaged = f"{shard} is not a safetensors file, or is damaged"
-    whole = shard.stat().st_size
-    with shard.open("rb") as stream:
-        start = stream.read(8)
-        size = int.from_bytes(start, "little")
-        if len(start) < 8 or size > min(whole - 8, MAX_HEADER):
-            raise SourceError(f"{damaged}: its header would be {size:,} bytes of {whole:,}; fetch it again")
-        text = stream.read(size)
-    try:
-        header = dict(json.loads(text))
-        header.pop("__metadata__", None)
-        found = [
-            (name, str(entry["dtype"]), tuple(entry["shape"]), 8 + size + int(first), 8 + size + int(last))
-            for name, entry in header.items()
-            for first, last in [entry["data_offsets"]]
-        ]
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise SourceError(f"{damaged}: {error!r} in its header; fetch it again") from error
-    end = 8 + size
-    for name, _, _, first, last in sorted(found, key=lambda entry: entry[3:]):
-        if first != end or last < first:
-            raise SourceError(f"{damaged}: tensor {name!r} overlaps another or leaves a gap; fetch it again")
-        end = last
-    if end != whole:
-        raise SourceError(f"{damaged}: it should have {end:,} bytes and has {whole:,}; fetch it again")
-    return found
 
 
 def config_digest(directory: Path) -> str:

@@ -1,39 +1,46 @@
-"""An adapter into the base's weights, one tensor at a time.
+"""An adapter into the base's weights, file by file and tile by tile.
 
-Each changed tensor is read, added to in float32, rounded once to the output dtype and written; memory is bounded
-by the largest tensor. The directory appears whole or not at all.
+Every changed tensor is read a few rows at a time, added to in float32, rounded once to the output dtype and written in
+its place; neither a file nor a tensor is ever whole in memory. The directory appears whole or not at all. A merge that
+was killed goes on from its last finished file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
+import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lorchestra.adapter.adapter import Adapter
-from lorchestra.adapter.digest import tensor_bytes
+from lorchestra.adapter.belonging import check_base
 from lorchestra.adapter.directory import whole_directory
-from lorchestra.errors import AdapterError, SourceError
+from lorchestra.adapter.lineage import BaseId
+from lorchestra.base.fingerprint import fingerprint
+from lorchestra.base.home import home
+from lorchestra.base.lock import locked
+from lorchestra.base.safetensors_file import INDEX
+from lorchestra.errors import Interrupted, SourceError, StorageError
 from lorchestra.events import SILENT, Reporter, Task
+from lorchestra.fusion.assign import DTYPES, Output, Shard, plan_shards
+from lorchestra.fusion.merge_journal import NAME, Done, Journal, file_digest
+from lorchestra.fusion.rounding import Addend, Sums, matrix, move_rows, write_at
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# safetensors' names of the dtypes that weights have.
-_CODES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-_INDEX = "model.safetensors.index.json"
+# Entries that a thread takes at once.
+JOB = 1 << 22
+FORMAT = 1  # of the output's bytes; raised when the same inputs give others
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-_NOT_COPIED = ("lorchestra.json", "adapter_config.json", "config.json")
+_NOT_COPIED = ("lorchestra.json", "adapter_config.json", "config.json", INDEX, NAME)
 _TOKENIZER = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model",
     "*.tiktoken",
@@ -42,13 +49,19 @@ _TOKENIZER = (
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """What a merge did. Shares are between 0 and 1.
 
     Args:
         dtype: of the output's changed tensors (``float32``, …).
         modules: changed tensors.
         update_ratio: ‖ΔW‖ / ‖W‖ over the changed tensors.
-        rounding_lost: ‖(W′ − W) − ΔW‖ / ‖ΔW‖: the share of the update that rounding to the output dtype disturbed.
+        rounding_lost: share of ‖ΔW‖ that rounding to the output dtype lost. An entry loses at most itself; what
+            rounding does to W alone is ``base_rounding``.
+        entries_lost: share of the entries that the update reaches on which it left no trace.
+        base_rounding: ‖R − W‖ / ‖W‖, R the base in the output dtype: what rounding costs without any adapter; 0 unless
+            the output is narrower than the base.
+        worst: the module that lost most, and its ``rounding_lost`` and ``entries_lost``.
+        resumed: files taken over from an earlier, killed merge.
         seconds: it took.
     """
 
@@ -56,19 +69,15 @@ class MergeReport:
     modules: int
     update_ratio: float
     rounding_lost: float
+    entries_lost: float
+    base_rounding: float
+    worst: Mapping[str, Any]
+    resumed: int
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON."""
         return asdict(self)
-
-
-@dataclass
-class _Sums:
-    update: float = 0.0
-    weight: float = 0.0
-    lost: float = 0.0
-    dtype: str = ""
 
 
 def merge(
@@ -77,7 +86,11 @@ def merge(
     out: str | Path,
     *,
     dtype: str = "auto",
+    untie: bool = False,
+    identity: BaseId | None = None,
     tokenizer_from: Path | None = None,
+    check: Callable[[Path], None] = lambda directory: None,
+    durable: bool = False,
     reporter: Reporter = SILENT,
 ) -> MergeReport:
     """Write base + adapter as a Hugging Face directory.
@@ -85,51 +98,235 @@ def merge(
     Args:
         base: a model directory with safetensors, one file or sharded.
         adapter: its ΔW are added to the weights of the same names.
-        out: a directory that does not exist yet, or is empty.
+        out: a directory that does not exist yet, or is empty. A killed merge into it is taken up where it was.
         dtype: ``auto`` keeps each tensor's; else floating tensors are written in it.
+        untie: where input and output embedding share a weight and the adapter changes one of them, write two.
+        identity: which base this is; by default computed where the adapter names its own.
         tokenizer_from: where tokenizer and chat template come from, if not from the base.
+        check: looks at the finished directory before it gets its name; what it raises undoes the merge.
+        durable: flush everything to the disk before the name is given, so that it outlives a power failure too.
         reporter: progress.
 
     Raises:
-        AdapterError: a module that the base does not have, or of another shape.
+        AdapterError: an adapter of another base, a module that the base does not have, or of another shape.
         SourceError: no safetensors, a quantised base, an unknown dtype.
-        StorageError: ``out`` is taken, or cannot be written.
+        UserError: an entry that the output's dtype cannot hold.
+        StorageError: ``out`` is taken, cannot be written, or the disk has no room.
     """
     started = time.perf_counter()
     base, out = Path(base), Path(out)
     if dtype != "auto" and dtype not in DTYPES:
         raise SourceError(f"dtype {dtype!r} is unknown; there are auto, {', '.join(DTYPES)}")
+    if out.resolve() != base.resolve() and out.resolve().is_relative_to(base.resolve()):
+        raise SourceError(f"{out} lies inside the base {base}; choose a directory outside it")
     config = _config(base)
-    shards = _shards(base)
-    updates = _assign(adapter, _shapes(shards), bool(config.get("tie_word_embeddings")))
+    shards = plan_shards(base, config, adapter, dtype, untie)
+    if adapter.base.weights:
+        identity = identity or fingerprint(base)
+        check_base({adapter.lineage.name or "to be merged": adapter}, identity)
     companions = _companions(base, tokenizer_from)
-    sums = _Sums()
-    with whole_directory(out, "the merged model") as partial:
-        for path in companions:
-            shutil.copyfile(path, partial / path.name)
-        with reporter.task("merge", sum(p.stat().st_size for p in shards), "B") as task:
-            for shard in shards:
-                _merge_shard(shard, partial / shard.name, adapter, updates, dtype, sums, task)
-        if dtype != "auto":
-            config["dtype"] = dtype
-            config.pop("torch_dtype", None)
-        _write(partial / "config.json", config)
-        _rewrite_index(partial)
-        note = {
-            "schema": 1,
-            "made_by": "merge",
-            "adapter": adapter.digest,
-            "base": asdict(adapter.base),
-            "lineage": asdict(adapter.lineage),
-        }
-        _write(partial / "lorchestra.json", note)
+    task = {
+        "format": FORMAT,
+        "adapter": adapter.digest,
+        "base": asdict(identity or adapter.base),
+        "files": [[s.source.name, s.source.stat().st_size, s.source.stat().st_mtime_ns] for s in shards],
+        "dtype": dtype,
+        "untie": untie,
+    }
+    with (
+        _alone(out, reporter),
+        whole_directory(out, "the merged model", keeps=NAME, synced=durable) as partial,
+    ):
+        journal = Journal(partial, task)
+        if journal.recover({shard.source.name: shard.size for shard in shards}):
+            reporter.say(f"{partial} held another merge, or a damaged file; that is made anew")
+        resumed = len(journal.done)
+        _clear(partial, journal.done)
+        _check_room(partial, out, [shard for shard in shards if shard.source.name not in journal.done])
+        try:
+            _write_shards(shards, partial, adapter, journal, reporter)
+        except KeyboardInterrupt as stopped:
+            if not journal.done:
+                raise
+            raise Interrupted(
+                f"stopped; {len(journal.done)} of {len(shards)} files are kept in {partial}: the same command goes on "
+                "there"
+            ) from stopped
+        _write_rest(partial, base, config, shards, journal, adapter, dtype, companions)
+        check(partial)
+        journal.close()
+    return _report(shards, journal, resumed, time.perf_counter() - started)
+
+
+@contextmanager
+def _alone(out: Path, reporter: Reporter) -> Iterator[None]:
+    """No other process merges into ``out``."""
+    place = home() / "merging"
+    place.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(os.path.realpath(out).encode()).hexdigest()[:32]
+    with locked(place / f"{name}.lock", f"{out}", reporter.say):
+        yield
+
+
+def _report(shards: Sequence[Shard], journal: Journal, resumed: int, seconds: float) -> MergeReport:
+    modules = {path: sums for shard in shards for path, sums in journal.done[shard.source.name].sums.items()}
+    whole = Sums.of(modules.values())
+    path, worst = max(modules.items(), key=lambda item: (item[1].rounding_lost, item[0]))
+    changed = [output for shard in shards for output in shard.outputs if output.module is not None]
     return MergeReport(
-        dtype=sums.dtype,
-        modules=len(updates),
-        update_ratio=math.sqrt(sums.update / sums.weight) if sums.weight else 0.0,
-        rounding_lost=math.sqrt(sums.lost / sums.update) if sums.update else 0.0,
-        seconds=time.perf_counter() - started,
+        dtype=str(changed[0].kind).removeprefix("torch."),
+        modules=len(modules),
+        update_ratio=whole.update_ratio,
+        rounding_lost=whole.rounding_lost,
+        entries_lost=whole.entries_lost,
+        base_rounding=whole.base_rounding,
+        worst={"module": path, "rounding_lost": worst.rounding_lost, "entries_lost": worst.entries_lost},
+        resumed=resumed,
+        seconds=seconds,
     )
+
+
+def _write_shards(
+    shards: Sequence[Shard], partial: Path, adapter: Adapter, journal: Journal, reporter: Reporter
+) -> None:
+    """Every shard that is not done. While one is computed, the one before is read again for its digest."""
+    sealing: tuple[str, dict[str, Sums], Future[str]] | None = None
+    with (
+        ExitStack() as opened,
+        _threads() as pool,
+        reporter.task("merge", sum(shard.size for shard in shards), "B") as task,
+    ):
+        for shard in shards:
+            if shard.source.name in journal.done:
+                task.advance(shard.size)
+                continue
+            unfinished = partial / f"{shard.source.name}.part"
+            reading = opened.enter_context(shard.source.open("rb", buffering=0))
+            writing = opened.enter_context(unfinished.open("wb", buffering=0))
+            jobs = _start(shard, (reading.fileno(), writing.fileno()), adapter, pool)
+            _note(sealing, journal)
+            sums = _collect(shard, jobs, adapter, task)
+            opened.close()
+            sealing = shard.source.name, sums, pool.submit(_sealed, unfinished)
+        _note(sealing, journal)
+
+
+def _start(shard: Shard, files: tuple[int, int], adapter: Adapter, pool: Executor) -> list[list[Future[Sums]]]:
+    """Everything there is to do for one file, tensor by tensor."""
+    jobs = []
+    write_at(files[1], memoryview(shard.header), 0)
+    start = len(shard.header)
+    for output in shard.outputs:
+        addend = _addend(adapter, output)
+        jobs.append([pool.submit(move_rows, files, output, start, rows, addend) for rows in _jobs(output)])
+        start += output.size
+    return jobs
+
+
+def _addend(adapter: Adapter, output: Output) -> Addend | None:
+    if output.module is None:
+        return None
+    return Addend.of(adapter.modules[output.module], output.module in adapter.transposed)
+
+
+def _jobs(output: Output) -> Iterator[range]:
+    rows, columns = matrix(output.source.shape)
+    step = max(JOB // max(columns, 1), 1)
+    if output.size:
+        yield from (range(first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+def _collect(shard: Shard, jobs: Sequence[Sequence[Future[Sums]]], adapter: Adapter, task: Task) -> dict[str, Sums]:
+    """Module path → sums, in the order of the rows whatever the order of the work."""
+    found = {}
+    for output, running in zip(shard.outputs, jobs, strict=True):
+        sums = Sums.of(job.result() for job in running)
+        addend = _addend(adapter, output)
+        if addend is not None and output.module is not None:
+            found[output.module] = replace(sums, update=addend.square, reached=addend.reached)
+        task.advance(output.size)
+    return found
+
+
+def _sealed(unfinished: Path) -> str:
+    """Digest of a file that is whole, and its own name for it."""
+    digest = file_digest(unfinished)
+    os.replace(unfinished, unfinished.with_suffix(""))
+    return digest
+
+
+def _note(sealing: tuple[str, dict[str, Sums], Future[str]] | None, journal: Journal) -> None:
+    if sealing is not None:
+        name, sums, digest = sealing
+        journal.add(name, Done(digest.result(), sums))
+
+
+@contextmanager
+def _threads() -> Iterator[Executor]:
+    """As many threads as torch would use, each of which computes alone: a tile is too small to share."""
+    count = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, "merge")
+    torch.set_num_threads(1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(count)
+
+
+def _write_rest(
+    partial: Path,
+    base: Path,
+    config: dict[str, Any],
+    shards: Sequence[Shard],
+    journal: Journal,
+    adapter: Adapter,
+    dtype: str,
+    companions: Iterable[Path],
+) -> None:
+    """Configuration, index, tokenizer and the note of what this is."""
+    for path in companions:
+        shutil.copyfile(path, partial / path.name)
+    if dtype != "auto":
+        config["dtype"] = dtype
+        config.pop("torch_dtype", None)
+    held = {output.name for shard in shards for output in shard.outputs}
+    if held - {output.source.name for shard in shards for output in shard.outputs}:
+        config["tie_word_embeddings"] = False
+    _write(partial / "config.json", config)
+    if (base / INDEX).exists():
+        index = _read(base / INDEX)
+        index["weight_map"] = {output.name: shard.source.name for shard in shards for output in shard.outputs}
+        total = sum(output.size for shard in shards for output in shard.outputs)
+        index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
+        _write(partial / INDEX, index)
+    note = {
+        "schema": 1,
+        "made_by": "merge",
+        "adapter": adapter.digest,
+        "base": journal.task["base"],
+        "lineage": asdict(adapter.lineage),
+        "files": {shard.source.name: journal.done[shard.source.name].digest for shard in shards},
+    }
+    _write(partial / "lorchestra.json", note)
+
+
+def _clear(partial: Path, done: Iterable[str]) -> None:
+    """What a killed merge left, but its finished files and its journal."""
+    for path in partial.iterdir():
+        if path.name not in {*done, NAME}:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not done:
+        (partial / NAME).unlink(missing_ok=True)
+
+
+def _check_room(partial: Path, out: Path, shards: Iterable[Shard]) -> None:
+    needed, free = sum(shard.size for shard in shards), shutil.disk_usage(partial).free
+    if needed > free:
+        raise StorageError(
+            f"cannot write the merged model to {out}: the disk is full: {needed / 1e9:.2f} GB are needed and "
+            f"{free / 1e9:.2f} GB are free; free some space and try again, or choose another disk"
+        )
 
 
 def _config(base: Path) -> dict[str, Any]:
@@ -137,129 +334,15 @@ def _config(base: Path) -> dict[str, Any]:
     if not path.exists():
         raise SourceError(f"{base} has no config.json, so it is not a model directory")
     config = _read(path)
-    if config.get("quantization_config"):
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
         raise SourceError(
-            f"{base} is quantised; merging would have to round twice. Merge into the unquantised model and quantise "
-            "the result, or serve the adapter beside the quantised base"
+            f"{base} is quantised ({method}): what is stored are no weights that something can be added to. Merge into "
+            "the unquantised model and quantise the result; or dequantise it first (lorchestra merge --dequantise), "
+            "knowing that its rounding stays; or serve the adapter beside the quantised base"
         )
     return config
-
-
-def _shards(base: Path) -> list[Path]:
-    """The files that transformers would read: those of the index, else the one file, else all there are."""
-    index, single = base / _INDEX, base / "model.safetensors"
-    if index.exists():
-        shards = [base / name for name in sorted(set(_read(index).get("weight_map", {}).values()))]
-    else:
-        shards = [single] if single.exists() else sorted(base.glob("*.safetensors"))
-    missing = [path.name for path in shards if not path.is_file()]
-    if missing:
-        raise SourceError(f"{base} is incomplete: {_INDEX} names {', '.join(missing)}; fetch the model again")
-    if not shards:
-        raise SourceError(f"{base} holds no *.safetensors to merge into")
-    return shards
-
-
-def _shapes(shards: Iterable[Path]) -> dict[str, tuple[int, ...]]:
-    from safetensors import SafetensorError, safe_open
-
-    shapes = {}
-    for shard in shards:
-        try:
-            with safe_open(shard, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    part = tensors.get_slice(name)
-                    _output_dtype(part.get_dtype(), "auto")
-                    shapes[name] = tuple(part.get_shape())
-        except SafetensorError as error:
-            raise SourceError(f"{shard} is damaged or not a safetensors file: {error}") from error
-    return shapes
-
-
-def _assign(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], tied: bool) -> dict[str, str]:
-    """Tensor name in the files → module path in the adapter, every module found and of the right shape."""
-    found: dict[str, str] = {}
-    for path, update in adapter.modules.items():
-        name = _tensor_name(path, shapes)
-        head = path.rsplit(".", 1)[-1] == "lm_head"
-        if head and (tied or name is None):
-            raise AdapterError(
-                f"the adapter changes {path!r}, whose weight is the input embedding's too in this base: untie them "
-                "first (set tie_word_embeddings to false in transformers and save the model), or leave it out"
-            )
-        if name is None:
-            near = [n for n in shapes if n.endswith("." + path.rsplit(".", 1)[-1] + ".weight")][:1]
-            hint = f" (a similar one is {near[0]!r})" if near else ""
-            raise AdapterError(f"the base has no weight for module {path!r}{hint}; the adapter is of another base")
-        if name in found:
-            raise AdapterError(f"modules {found[name]!r} and {path!r} would both change {name!r} of the base")
-        m, n = update.shape
-        expected = (n, m) if path in adapter.transposed else (m, n)
-        if shapes[name] != expected:
-            raise AdapterError(f"module {path!r} changes a weight of shape {expected}; the base's is {shapes[name]}")
-        found[name] = path
-    return found
-
-
-def _tensor_name(path: str, shapes: Mapping[str, Any]) -> str | None:
-    """Module path → tensor name; files and modules may differ by the model's own prefix (``model.``) or a wrapper's."""
-    inner = path.partition(".")[2] or path
-    for name in (f"{path}.weight", f"model.{path}.weight", f"{inner}.weight"):
-        if name in shapes:
-            return name
-    ends = [name for name in shapes if name.endswith(f".{path.removeprefix('model.')}.weight")]
-    return ends[0] if len(ends) == 1 else None
-
-
-def _merge_shard(
-    shard: Path, out: Path, adapter: Adapter, updates: Mapping[str, str], dtype: str, sums: _Sums, task: Task
-) -> None:
-    from safetensors import safe_open
-
-    with safe_open(shard, "pt") as tensors, out.open("wb") as stream:
-        names = list(tensors.keys())
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        kinds = {}
-        for name in names:
-            shape = list(tensors.get_slice(name).get_shape())
-            kind = _output_dtype(tensors.get_slice(name).get_dtype(), dtype)
-            size = math.prod(shape) * kind.itemsize
-            header[name] = {"dtype": _CODES[kind], "shape": shape, "data_offsets": [position, position + size]}
-            kinds[name] = kind
-            position += size
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            weight: Tensor = tensors.get_tensor(name)
-            size = weight.numel() * weight.element_size()
-            if name in updates:
-                path = updates[name]
-                weight = _added(weight, adapter, path, kinds[name], sums)
-            stream.write(tensor_bytes(weight.to(kinds[name])))
-            task.advance(size)
-
-
-def _output_dtype(code: str, wanted: str) -> torch.dtype:
-    known = {name: kind for kind, name in _CODES.items()}
-    if code not in known:
-        raise SourceError(f"the base holds tensors of type {code}, which cannot be merged; use an unquantised model")
-    kind = known[code]
-    return DTYPES[wanted] if wanted != "auto" and kind.is_floating_point else kind
-
-
-def _added(weight: Tensor, adapter: Adapter, path: str, kind: torch.dtype, sums: _Sums) -> Tensor:
-    update = adapter.modules[path].dense(torch.float32)
-    if path in adapter.transposed:
-        update = update.T
-    before = weight.float()
-    after = (before + update).to(kind)
-    sums.update += float(update.double().square().sum())
-    sums.weight += float(before.double().square().sum())
-    sums.lost += float((after.double() - before.double() - update.double()).square().sum())
-    sums.dtype = str(kind).removeprefix("torch.")
-    return after
 
 
 def _companions(base: Path, tokenizer: Path | None) -> list[Path]:
@@ -276,24 +359,6 @@ def _companions(base: Path, tokenizer: Path | None) -> list[Path]:
     if not own:
         raise SourceError(f"{tokenizer} holds no tokenizer (tokenizer.json, …)")
     return [path for path in copied if not any(fnmatch(path.name, pattern) for pattern in _TOKENIZER)] + own
-
-
-def _rewrite_index(out: Path) -> None:
-    """The index of a sharded model counts bytes; they change with the dtype."""
-    index = out / _INDEX
-    if not index.exists():
-        return
-    value = _read(index)
-    from safetensors import safe_open
-
-    total = 0
-    for shard in out.glob("*.safetensors"):
-        with safe_open(shard, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                part = tensors.get_slice(name)
-                total += math.prod(part.get_shape()) * _output_dtype(part.get_dtype(), "auto").itemsize
-    value.setdefault("metadata", {})["total_size"] = total
-    _write(index, value)
 
 
 def _read(path: Path) -> dict[str, Any]:
