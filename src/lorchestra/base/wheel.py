@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import re
 import shutil
 import tarfile
 import zipfile
-import zlib
 from pathlib import Path
 
+from lorchestra.base.archive import DAMAGED, ZIPPED, survey
 from lorchestra.base.home import home
 from lorchestra.base.locate import check_pin, file_sha256
 from lorchestra.base.lock import locked
@@ -20,7 +19,6 @@ from lorchestra.errors import NotHereError, SourceError
 from lorchestra.events import Reporter
 
 DONE = ".complete"
-_DAMAGED = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError)
 
 
 def fetch_wheel(source: Source, reporter: Reporter, fetch: bool = True) -> Path:
@@ -76,19 +74,16 @@ def _fetch(source: Source, directory: Path, reporter: Reporter) -> None:
 def _unpack(archive: Path, directory: Path, source: Source) -> None:
     """The archive's files; an sdist's without its leading ``name-version/``."""
     try:
+        survey(archive, directory, source)
         if archive.suffix == ".whl":
-            _unzip(archive, directory, source)
+            _extract(archive, directory)
             return
         staging = directory / ".sdist"
         staging.mkdir()
-        if archive.suffix == ".zip":
-            _unzip(archive, staging, source)
-        else:
-            with tarfile.open(archive) as bundle:
-                bundle.extractall(staging, filter="data")
+        _extract(archive, staging)
     except tarfile.FilterError as error:
         raise SourceError(f"source {source.text!r}: {error}; refused") from error
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise SourceError(f"source {source.text!r}: {archive.name} is damaged ({error}); fetch it again") from error
     tops = list(staging.iterdir())
     root = tops[0] if len(tops) == 1 and tops[0].is_dir() else staging
@@ -97,9 +92,10 @@ def _unpack(archive: Path, directory: Path, source: Source) -> None:
     shutil.rmtree(staging)
 
 
-def _unzip(archive: Path, directory: Path, source: Source) -> None:
-    with zipfile.ZipFile(archive) as bundle:
-        for member in bundle.namelist():
-            if not (directory / member).resolve().is_relative_to(directory.resolve()):
-                raise SourceError(f"source {source.text!r}: it holds {member!r}, which climbs out of it; refused")
-        bundle.extractall(directory)
+def _extract(archive: Path, directory: Path) -> None:
+    if archive.suffix in ZIPPED:
+        with zipfile.ZipFile(archive) as bundle:
+            bundle.extractall(directory)
+    else:
+        with tarfile.open(archive) as bundle:
+            bundle.extractall(directory, filter="data")
