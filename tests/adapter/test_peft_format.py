@@ -19,6 +19,7 @@ from lorchestra.adapter.lowrank import LowRank
 from lorchestra.adapter.peft_format import CONFIG, SIDECAR, WEIGHTS, effective_scales
 from lorchestra.bank import Bank, linear_shape
 from lorchestra.errors import AdapterError, StorageError
+from lorchestra.fusion.methods import compress, fuse
 
 IDS = torch.randint(4, 48, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -196,8 +197,21 @@ FOREIGN = {
     "an expression of targets": {"target_modules": r".*layers\.0\..*(up|down)_proj"},
     "the gaussian start": {"init_lora_weights": "gaussian"},
     "the orthogonal start": {"init_lora_weights": "orthogonal"},
+    "the start from minor components": {"init_lora_weights": "mica"},
+    "EVA": {"init_lora_weights": "eva"},
     "a trained head": {"target_modules": ["lm_head", "q_proj"]},
-}
+    "embeddings": {"target_modules": ["embed_tokens"]},
+    "embeddings, rslora, patterns": {
+        "target_modules": ["embed_tokens", "q_proj"], "use_rslora": True, "rank_pattern": {"embed_tokens": 2},
+        "alpha_pattern": {"embed_tokens": 3},
+    },
+    "embeddings and head": {"target_modules": ["embed_tokens", "lm_head", "v_proj"]},
+    "layers and their pattern": {
+        "target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers",
+    },
+    "excluded modules": {"target_modules": "all-linear", "exclude_modules": ["up_proj"]},
+    "VeLoRA": {"target_modules": ["q_proj"], "velora_config": peft.tuners.lora.config.VeloraConfig(num_groups=4)},
+}  # fmt: skip
 
 
 def train_by_hand(model, seed=5):
@@ -215,23 +229,52 @@ def lora_layers(model):
 
 
 @pytest.mark.parametrize("case", FOREIGN)
-def test_directories_of_plain_peft_mean_what_peft_means(case, tmp_path):
+@pytest.mark.parametrize("tied", [True, False])
+def test_directories_of_plain_peft_mean_what_peft_means(case, tied, tmp_path):
+    """Saved as PEFT saves by default, which puts the base's whole embedding and head beside factors for them."""
     settings = {"r": 4, "lora_alpha": 10, "target_modules": "all-linear"} | FOREIGN[case]
 
     def make():
-        return make_tiny_model(tie_word_embeddings=case != "a trained head")
+        return make_tiny_model(tie_word_embeddings=tied)
 
     model = train_by_hand(peft.get_peft_model(make(), peft.LoraConfig(**settings, task_type="CAUSAL_LM")))
-    model.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    model.save_pretrained(tmp_path / "a")
     found, scales = Adapter.load(tmp_path / "a"), effective_scales(tmp_path / "a")
     # As PEFT reads it: saving sorts the patterns, so that another one may come first than in training.
     layers = lora_layers(peft.PeftModel.from_pretrained(make(), tmp_path / "a"))
     assert set(found.modules) == set(scales) == set(layers)
     for path, layer in layers.items():
+        embedding = isinstance(layer.get_base_layer(), torch.nn.Embedding)
+        assert (path in found.embeddings) == (path in found.transposed) == embedding
         assert scales[path] == pytest.approx(layer.scaling["default"], rel=1e-12)
-        torch.testing.assert_close(found.modules[path].dense(), layer.get_delta_weight("default"), rtol=1e-5, atol=1e-6)
+        ours = found.modules[path].dense().T if embedding else found.modules[path].dense()
+        assert float(ours.norm()) > 0
+        torch.testing.assert_close(ours, layer.get_delta_weight("default"), rtol=1e-5, atol=1e-6)
     assert found.lineage.made_by == "foreign"
     assert found.base.weights == "", "without our sidecar the base is unverified"
+
+
+@pytest.mark.parametrize("case", [case for case in FOREIGN if "embeddings" in case])
+def test_embeddings_written_by_us_plain_peft_applies_exactly(case, tmp_path):
+    """PEFT's directory, read and written again, gives PEFT the same logits; and so does a fusion of it with itself."""
+    settings = {"r": 4, "lora_alpha": 10} | FOREIGN[case]
+
+    def make():
+        return make_tiny_model(tie_word_embeddings=False)
+
+    model = train_by_hand(peft.get_peft_model(make(), peft.LoraConfig(**settings, task_type="CAUSAL_LM")))
+    model.save_pretrained(tmp_path / "a")
+    ours = Adapter.load(tmp_path / "a")
+    ours.save(tmp_path / "b")
+    assert Adapter.load(tmp_path / "b").digest == ours.digest
+    assert Adapter.load(tmp_path / "b").embeddings == ours.embeddings
+    fuse([ours, ours], [1.5, -0.5]).save(tmp_path / "c")
+    compress(fuse([ours, ours], [1.5, -0.5]), rank=4)[0].save(tmp_path / "d")
+    expected = logits(model.eval())
+    assert (expected - logits(make())).norm() > 0.1 * expected.norm()
+    for name in "bcd":
+        found = logits(peft.PeftModel.from_pretrained(make(), tmp_path / name).eval())
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("flag", [True, False])
@@ -316,6 +359,22 @@ class TestDamage:
         directory = foreign(tmp_path, lambda t: t.pop(next(k for k in t if "layers.1.self_attn" in k and lost in k)))
         with pytest.raises(AdapterError, match=r"holds only lora_[AB] of 'model\.layers\.1\.self_attn\.q_proj'"):
             Adapter.load(directory)
+
+    def test_whole_weights_that_would_be_lost(self, tmp_path):
+        prefix = "base_model.model.model."
+        key = prefix + "norm.base_layer.weight"
+        with pytest.raises(AdapterError, match=r"whole weight of 'model\.norm', which would be lost: merge it"):
+            Adapter.load(foreign(tmp_path, lambda t: t.update({key: torch.ones(32)})))
+        key = prefix + "layers.0.self_attn.q_proj.base_layer.weight"
+        with pytest.raises(AdapterError, match=r"weight of shape \(5, 32\) .* factors change one of shape \(32, 32\)"):
+            Adapter.load(foreign(tmp_path, lambda t: t.update({key: torch.ones(5, 32)})))
+        found = Adapter.load(foreign(tmp_path, lambda t: t.update({key: torch.ones(32, 32)})))
+        assert found.digest == simple().digest
+
+    def test_whole_numbers(self, tmp_path):
+        key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+        with pytest.raises(AdapterError, match=r"as torch\.int8; factors must be floating-point"):
+            Adapter.load(foreign(tmp_path, lambda t: t.update({key: torch.ones(3, 32, dtype=torch.int8)})))
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     def test_not_finite(self, tmp_path, bad):

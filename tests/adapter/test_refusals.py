@@ -23,6 +23,14 @@ MADE_BY_PEFT = {
     "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa.*path_initial_model_for_weight_conversion"),
     "PiSSA, fast": ({"init_lora_weights": "pissa_niter_2"}, "init_lora_weights=pissa_niter_2"),
     "OLoRA": ({"init_lora_weights": "olora"}, "init_lora_weights=olora"),
+    "aLoRA": ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens, which is more than.*merge_and_unload"),
+    "KaSA": ({"kasa_config": peft.tuners.lora.config.KasaConfig()}, "kasa_config, which is more than"),
+    "LoRA-GA": ({"init_lora_weights": "lora_ga"}, "init_lora_weights=lora_ga, which changes the base"),
+    "parameters": (
+        {"target_modules": [], "target_parameters": ["mlp.up_proj.weight"]},
+        "no modules .target_parameters",
+    ),
+    "replicated layers": ({"layer_replication": [[0, 2], [1, 2]]}, "replicated layers.*merge_and_unload"),
     "tokens": ({"trainable_token_indices": [1, 2]}, r"trained tokens.*merge_and_unload"),
 }
 
@@ -34,7 +42,7 @@ def listing(directory):
 @pytest.mark.parametrize("case", MADE_BY_PEFT)
 def test_directories_of_plain_peft(case, tmp_path):
     settings, message = MADE_BY_PEFT[case]
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
+    config = peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | settings)
     peft.get_peft_model(make_tiny_model(), config).save_pretrained(tmp_path / "a")
     before = listing(tmp_path / "a")
     with pytest.raises(AdapterError, match=message) as raised:
@@ -78,11 +86,21 @@ def test_plain_configurations_pass(tmp_path, init):
     refuse({}, tmp_path)
 
 
-def test_embeddings(tmp_path):
-    config = peft.LoraConfig(r=2, target_modules=["embed_tokens"], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(make_tiny_model(tie_word_embeddings=False), config)
-    model.save_pretrained(tmp_path / "a", save_embedding_layers=False)
-    with pytest.raises(AdapterError, match=r"adapts an embedding .*merge that part into the base"):
+def test_other_tuners(tmp_path):
+    """Whatever PEFT has that is not LoRA says so in its configuration."""
+    for config in (
+        peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        peft.LoHaConfig(target_modules=["q_proj"]),
+    ):
+        peft.get_peft_model(make_tiny_model(), config).save_pretrained(tmp_path / config.peft_type)
+        with pytest.raises(AdapterError, match=rf"{config.peft_type.value} \(not LoRA\).*merge_and_unload"):
+            Adapter.load(tmp_path / config.peft_type)
+
+
+def test_convolutions(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten())
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"])).save_pretrained(tmp_path / "a")
+    with pytest.raises(AdapterError, match=r"adapts '0', a convolution \(lora_A is \(2, 3, 3, 3\)\).*merge it into"):
         Adapter.load(tmp_path / "a")
 
 

@@ -27,6 +27,11 @@ from lorchestra.errors import AdapterError
 CONFIG, WEIGHTS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "lorchestra.json"
 SCHEMA = 1
 _PREFIX = "base_model.model."
+_LINEAR_KEYS, _EMBEDDING_KEYS = ("lora_B.weight", "lora_A.weight"), ("lora_embedding_B", "lora_embedding_A")
+# Whole weights that PEFT saves beside factors of an embedding or a head: the base's own, which LoRA leaves frozen.
+_FROZEN = ".base_layer.weight"
+# What only training needs: VeLoRA's compression of stored activations leaves the forward pass as it is.
+_TRAINING_ONLY = ".lora_velora_embed"
 
 
 def read_peft(directory: Path) -> Adapter:
@@ -40,13 +45,12 @@ def read_peft(directory: Path) -> Adapter:
             message names it and the way out.
     """
     config = _config(directory)
-    factors = _factors(directory)
+    factors, embeddings = _factors(directory)
     scales = module_scales(config, _ranks(factors))
     base, lineage, transposed, digest = _sidecar(directory, config, factors)
+    scaled = {path: LowRank(f.B * scales[path], f.A) for path, f in factors.items()}
     try:
-        adapter = Adapter(
-            {path: LowRank(f.B * scales[path], f.A) for path, f in factors.items()}, base, lineage, transposed
-        )
+        adapter = Adapter(scaled, base, lineage, transposed, embeddings)
     except AdapterError as error:
         raise AdapterError(f"{directory}: {error}") from error
     if digest and digest != adapter.digest:
@@ -64,7 +68,7 @@ def effective_scales(directory: Path) -> dict[str, float]:
     Raises:
         AdapterError: as :func:`read_peft`.
     """
-    return module_scales(_config(directory), _ranks(_factors(directory)))
+    return module_scales(_config(directory), _ranks(_factors(directory)[0]))
 
 
 def write_peft(adapter: Adapter, directory: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -83,7 +87,8 @@ def write_peft(adapter: Adapter, directory: Path, dtype: torch.dtype = torch.flo
     tensors, stored = {}, {}
     for path, update in adapter.modules.items():
         B, A = update.B.detach().cpu().to(dtype).contiguous(), update.A.detach().cpu().to(dtype).contiguous()
-        tensors[f"{_PREFIX}{path}.lora_B.weight"], tensors[f"{_PREFIX}{path}.lora_A.weight"] = B, A
+        key_B, key_A = _EMBEDDING_KEYS if path in adapter.embeddings else _LINEAR_KEYS
+        tensors[f"{_PREFIX}{path}.{key_B}"], tensors[f"{_PREFIX}{path}.{key_A}"] = B, A
         stored[path] = LowRank(B.float(), A.float())
     sidecar = {
         "schema": SCHEMA,
@@ -119,7 +124,7 @@ def _peft_config(adapter: Adapter) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "bias": "none",
         "modules_to_save": None,
-        "fan_in_fan_out": bool(adapter.transposed),
+        "fan_in_fan_out": bool(adapter.transposed - adapter.embeddings),
         "init_lora_weights": True,
         "inference_mode": True,
         "use_dora": False,
@@ -154,8 +159,46 @@ def _json(directory: Path, name: str) -> dict[str, Any] | None:
     return value
 
 
-def _factors(directory: Path) -> dict[str, LowRank]:
-    """Module path → factors in float32, without scale."""
+def _factors(directory: Path) -> tuple[dict[str, LowRank], frozenset[str]]:
+    """Module path → factors in float32, without scale; and which of the modules are embeddings."""
+    path = directory / WEIGHTS
+    tensors = _tensors(directory)
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    embeddings, frozen = set(), {}
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise AdapterError(f"{path} holds {key!r} as {tensor.dtype}; factors must be floating-point numbers")
+        if key.endswith(_FROZEN):
+            frozen[key.removeprefix(_PREFIX).removesuffix(_FROZEN)] = tensor
+            continue
+        if key.endswith(_TRAINING_ONLY):
+            continue
+        module, factor, embedding = _parse_key(key, path)
+        if factor in halves.setdefault(module, {}):
+            raise AdapterError(f"{path} holds lora_{factor} of {module!r} twice, under two adapter names")
+        halves[module][factor] = tensor.float()
+        if embedding:
+            embeddings.add(module)
+    out: dict[str, LowRank] = {}
+    for module, pair in halves.items():
+        if set(pair) != {"A", "B"}:
+            raise AdapterError(f"{path} holds only lora_{next(iter(pair))} of {module!r}; the file is incomplete")
+        if pair["A"].ndim > 2:
+            raise AdapterError(
+                f"{path} adapts {module!r}, a convolution (lora_A is {tuple(pair['A'].shape)}), and only matrices can "
+                f"be combined: {MERGE_FIRST}"
+            )
+        try:
+            out[module] = LowRank(pair["B"], pair["A"])
+        except AdapterError as error:
+            raise AdapterError(f"{path}, module {module!r}: {error}") from error
+    if not out:
+        raise AdapterError(f"{path} holds no lora_A and lora_B")
+    _check_frozen(frozen, out, embeddings, path)
+    return out, frozenset(embeddings)
+
+
+def _tensors(directory: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -165,40 +208,38 @@ def _factors(directory: Path) -> dict[str, LowRank]:
         hint = pickled if (directory / "adapter_model.bin").exists() else ""
         raise AdapterError(f"{directory} has no {WEIGHTS}{hint}")
     try:
-        tensors = load_file(path)
+        tensors: dict[str, torch.Tensor] = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{path} is damaged or not a safetensors file: {error}") from error
-    halves: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        module, factor = _parse_key(key, path)
-        if factor in halves.setdefault(module, {}):
-            raise AdapterError(f"{path} holds lora_{factor} of {module!r} twice, under two adapter names")
-        halves[module][factor] = tensor.float()
-    out: dict[str, LowRank] = {}
-    for module, pair in halves.items():
-        if set(pair) != {"A", "B"}:
-            raise AdapterError(f"{path} holds only lora_{next(iter(pair))} of {module!r}; the file is incomplete")
-        try:
-            out[module] = LowRank(pair["B"], pair["A"])
-        except AdapterError as error:
-            raise AdapterError(f"{path}, module {module!r}: {error}") from error
-    if not out:
-        raise AdapterError(f"{path} holds no lora_A and lora_B")
-    return out
+    return tensors
 
 
-def _parse_key(key: str, path: Path) -> tuple[str, str]:
+def _check_frozen(
+    frozen: Mapping[str, torch.Tensor], factors: Mapping[str, LowRank], embeddings: set[str], path: Path
+) -> None:
+    """A saved weight may be left aside only beside LoRA factors of its own shape: PEFT trains those in its stead."""
+    for module, weight in frozen.items():
+        if module not in factors:
+            raise AdapterError(f"{path} holds the whole weight of {module!r}, which would be lost: {MERGE_FIRST}")
+        m, n = factors[module].shape
+        if tuple(weight.shape) not in ((m, n), (n, m)):
+            raise AdapterError(
+                f"{path} holds a weight of shape {tuple(weight.shape)} for {module!r}, whose factors change one of "
+                f"shape {(n, m) if module in embeddings else (m, n)}; the file is damaged"
+            )
+
+
+def _parse_key(key: str, path: Path) -> tuple[str, str, bool]:
+    """Module path, ``A`` or ``B``, and whether the module is an embedding."""
     name = key.removeprefix(_PREFIX)
     for factor in ("A", "B"):
         module, sign, rest = name.partition(f".lora_{factor}.")
         # PEFT's state dicts name the adapter in between: lora_A.default.weight
         if sign and (rest == "weight" or (rest.endswith(".weight") and rest.count(".") == 1)):
-            return module, factor
-    if ".lora_embedding_" in key:
-        raise AdapterError(
-            f"{path} adapts an embedding ({key!r}), which is not handled yet; merge that part into the base with PEFT, "
-            "or train without embeddings"
-        )
+            return module, factor, False
+        module, sign, rest = name.partition(f".lora_embedding_{factor}")
+        if sign and (not rest or (rest.startswith(".") and rest.count(".") == 1)):
+            return module, factor, True
     raise AdapterError(f"{path} holds {key!r}, which is no LoRA factor and would be lost: {MERGE_FIRST}")
 
 

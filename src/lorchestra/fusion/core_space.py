@@ -30,8 +30,8 @@ from lorchestra.adapter.lowrank import LowRank
 from lorchestra.errors import AdapterError, UserError
 from lorchestra.fusion.bounds import Bounds
 
-# Numbers of a factor that are worked on at a time.
-_BLOCK = 1 << 22
+# Numbers of a factor that are worked on at a time: as many as stay in a processor's cache.
+_BLOCK = 1 << 17
 # Triangles of larger R are worked out again at each use: that costs no more than the SVD of their core.
 _KEPT = 512
 
