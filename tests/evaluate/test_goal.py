@@ -40,6 +40,9 @@ def test_arrays_give_the_values_one_by_one(goal):
     rows = np.random.default_rng(0).uniform(0.5, 1.5, (7, 3))
     found = goal.combined({name: rows[:, k] for k, name in enumerate("abc")})
     assert found == pytest.approx([goal.value(dict(zip("abc", row, strict=True))) for row in rows])
+    slopes = goal.slopes({name: rows[:, k] for k, name in enumerate("abc")})
+    for k, row in enumerate(rows):
+        assert {name: slopes[name][k] for name in "abc"} == goal.shares(dict(zip("abc", row, strict=True)))
 
 
 def test_kinds_by_hand():

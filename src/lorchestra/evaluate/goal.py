@@ -63,11 +63,17 @@ class Goal:
     def shares(self, ratios: Ratios) -> dict[str, float]:
         """domain → ∂value/∂ratio; Σ share·ratio is the value itself. Of ``worst`` a subgradient: the (first) worst
         domain has it all."""
-        names = list(ratios)
+        found = self.slopes({name: np.asarray(ratio, dtype=np.float64) for name, ratio in ratios.items()})
+        return {name: float(share) for name, share in found.items()}
+
+    def slopes(self, ratios: Mapping[str, Array]) -> dict[str, Array]:
+        """:meth:`shares` of arrays, element by element."""
+        stacked = np.stack(list(ratios.values()))
         if self.kind == "worst":
-            worst = max(names, key=lambda name: ratios[name])
-            return {name: float(name == worst) for name in names}
-        return dict(zip(names, map(float, self._counts(names)), strict=True))
+            worst = stacked.argmax(axis=0)
+            return {name: (worst == d).astype(np.float64) for d, name in enumerate(ratios)}
+        counts = self._counts(list(ratios))
+        return {name: np.full(stacked.shape[1:], count) for name, count in zip(ratios, counts, strict=True)}
 
     def excess(self, ratios: Ratios, singles: Sequence[Ratios]) -> float:
         """By how much the domain that is worst off crosses the limit; 0 where all keep it.

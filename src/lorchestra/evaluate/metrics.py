@@ -38,7 +38,7 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """Flat JSON."""
-        return {"model": self.model, "domain": self.domain, "metric": self.metric, **_flat(self.interval)}
+        return {"model": self.model, "domain": self.domain, "metric": self.metric, **flat(self.interval)}
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Difference:
 
     def as_dict(self) -> dict[str, Any]:
         """Flat JSON."""
-        told = {"a": self.a, "b": self.b, "domain": self.domain, "metric": self.metric, **_flat(self.interval)}
-        return {**told, "detectable": _finite(self.interval.detectable)}
+        told = {"a": self.a, "b": self.b, "domain": self.domain, "metric": self.metric, **flat(self.interval)}
+        return {**told, "detectable": finite_or_none(self.interval.detectable)}
 
 
 def metrics(model: str, domain: str, scores: Scores) -> list[Row]:
@@ -180,12 +180,12 @@ def table(rows: Sequence[Row], metric: str) -> dict[str, dict[str, Interval]]:
     return out
 
 
-def _flat(interval: Interval) -> dict[str, Any]:
+def flat(interval: Interval) -> dict[str, Any]:
     values = asdict(interval)
     del values["level"], values["error"]
-    return {key: _finite(value) for key, value in values.items()}
+    return {key: finite_or_none(value) for key, value in values.items()}
 
 
-def _finite(value: float | None) -> float | None:
+def finite_or_none(value: float | None) -> float | None:
     """JSON has no infinity: an unbounded interval is null on that side."""
     return value if value is not None and np.isfinite(value) else None

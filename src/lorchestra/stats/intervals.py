@@ -46,13 +46,11 @@ class Interval:
 
         (t₁₋α/₂ + t₀.₈)·SE: Bloom 1995, "Minimum detectable effects". ``None`` without a standard error.
         """
-        from scipy.stats import t
-
         if self.error is None:
             return None
         if self.n < 2:
             return math.inf
-        return float(t.ppf((1 + self.level) / 2, self.n - 1) + t.ppf(POWER, self.n - 1)) * self.error
+        return (_student_quantile((1 + self.level) / 2, self.n) + _student_quantile(POWER, self.n)) * self.error
 
     def __str__(self) -> str:
         return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -84,7 +82,7 @@ def interval_of(draws: Array, n: int, level: float = LEVEL) -> Interval:
         n: groups it rests on. With one group nothing is known: the interval is unbounded.
         level: of confidence.
     """
-    from scipy.stats import norm, t
+    from scipy.special import ndtr
 
     estimate = float(draws[0])
     if n < 2:
@@ -93,8 +91,8 @@ def interval_of(draws: Array, n: int, level: float = LEVEL) -> Interval:
     error = correction * float(draws[1:].std())
     if n < FEW:
         return student(estimate, error, n, level)
-    widths = correction * float(t.ppf((1 - level) / 2, n - 1))  # standard errors to the lower end
-    tail = float(norm.cdf(widths))
+    widths = correction * _student_quantile((1 - level) / 2, n)  # standard errors to the lower end
+    tail = float(ndtr(widths))
     low, high = np.quantile(draws[1:], [tail, 1 - tail])
     # Rounding may put the estimate of a constant a hair outside its own interval.
     return Interval(estimate, min(float(low), estimate), max(float(high), estimate), n, level, error)
@@ -102,10 +100,15 @@ def interval_of(draws: Array, n: int, level: float = LEVEL) -> Interval:
 
 def student(estimate: float, error: float, n: int, level: float = LEVEL) -> Interval:
     """Student's interval around an estimate with standard error ``error`` from ``n`` groups."""
-    from scipy.stats import t
-
-    half = float(t.ppf((1 + level) / 2, n - 1)) * error if n > 1 else math.inf
+    half = _student_quantile((1 + level) / 2, n) * error if n > 1 else math.inf
     return Interval(estimate, estimate - half, estimate + half, n, level, error)
+
+
+def _student_quantile(p: float, n: int) -> float:
+    """Of Student's distribution for ``n`` groups."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(n - 1, p))
 
 
 def ratio_interval(
@@ -151,11 +154,11 @@ def wilson(successes: float, n: int, level: float = LEVEL) -> Interval:
     Raises:
         ValueError: ``n`` is not positive, or ``successes`` is not within 0 and ``n``.
     """
-    from scipy.stats import norm
+    from scipy.special import ndtri
 
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"a proportion needs 0 ≤ successes ≤ n and n ≥ 1; got {successes} of {n}")
-    z = float(norm.ppf(1 - (1 - level) / 2))
+    z = float(ndtri(1 - (1 - level) / 2))
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
