@@ -9,8 +9,10 @@ import subprocess
 import zlib
 
 import pytest
+from tests.report.test_diagnosis import make_data as make_diagnosis
 from tests.report.test_write import SECTIONS, make_data
 
+from lorchestra.report.diagnosis import render_diagnosis
 from lorchestra.report.write import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -69,3 +71,14 @@ def pixels(png):
     line = 1 + width * {2: 3, 6: 4}[kind]
     raw = zlib.decompress(data)
     return [raw[i * line : (i + 1) * line] for i in range(height)]
+
+
+def test_the_page_of_a_diagnosis_is_drawn_and_silent(tmp_path):
+    page = tmp_path / "diagnosis.html"
+    page.write_text(render_diagnosis(make_diagnosis()), encoding="utf-8")
+    done = chromium(page, tmp_path / "profile", "--enable-logging=stderr", "--v=0", "--dump-dom")
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    picture = tmp_path / "diagnosis.png"
+    chromium(page, tmp_path / "profile", "--window-size=1280,2000", f"--screenshot={picture}")
+    rows = pixels(picture.read_bytes())
+    assert sum(len(set(row)) > 8 for row in rows) > len(rows) / 4

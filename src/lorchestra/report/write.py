@@ -35,12 +35,22 @@ def render_report(data: Mapping[str, Any]) -> str:
     """
     from lorchestra.report.view import page
 
+    return document("report.html.j2", page(clean(data)))
+
+
+def document(template: str, view: Mapping[str, Any]) -> str:
+    """A whole page: ``template`` of this package, filled from ``view``, with the style sheet and the script in it."""
     environment, style, script = _template()
     # The policy names the script by what stands between its tags, line breaks included.
     digest = base64.b64encode(hashlib.sha256(f"\n{script}\n".encode()).digest()).decode()
-    view = page(_printable(_plain(data)))
-    template = environment.get_template("report.html.j2")
-    return str(template.render(**view, style_sheet=Markup(style), script_text=Markup(script), script_digest=digest))
+    filled = environment.get_template(template)
+    return str(filled.render(**view, style_sheet=Markup(style), script_text=Markup(script), script_digest=digest))
+
+
+def clean(data: Mapping[str, Any]) -> dict[str, Any]:
+    """``data`` as JSON would give it back, without characters that a page cannot hold."""
+    cleaned: dict[str, Any] = _printable(_plain(data))
+    return cleaned
 
 
 def write_report(data: Mapping[str, Any], directory: Path) -> Path:
