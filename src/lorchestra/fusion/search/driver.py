@@ -87,5 +87,6 @@ def search(
             row.run(Problem(space, run, seed))
         run.left += kept
         if space.divided:
-            refine(space, run, seed)
+            with suppress(Spent):
+                refine(space, run, seed)
     return SearchResult(tuple(run.tried.values()), run.best, run.slopes)

@@ -1,77 +1,112 @@
-"""Gradients: λ are K numbers, so L-BFGS finds the nearest minimum in a few forward and backward passes."""
+"""Gradients: λ are K numbers, and one forward and backward pass gives the loss and all K derivatives.
+
+A trust region with a quadratic model: its gradient is the slope, its curvature starts as that of the response surface
+through the scores so far and learns from every slope by the symmetric rank-one formula (Conn, Gould and Toint 1991,
+doi 10.1007/BF01594934; Nocedal and Wright, *Numerical Optimization*, §6.2), which a box does not disturb.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from lorchestra.fusion.search.problem import Array, Problem, Run, Space, Spent
+from lorchestra.fusion.search.problem import SLOPE, Array, Problem, Run, Space, Spent
+from lorchestra.fusion.search.surrogate import Surface, fit
 
-FIRST = 0.25  # length of the first step in λ; the curvature decides from then on
-CONFIRM = 1  # passes kept back to score the point that was found
+RADIUS = 0.2  # first trust radius, as a share of the box
+SMALLEST = 0.005  # below this radius (a share of the box too) the descent has arrived
+GAIN = 2e-4  # it has too when the model promises less than this share of the loss
 
 
 def gradient(problem: Problem) -> None:
-    """L-BFGS-B (Byrd et al. 1995) from the best fixed point; where it arrives is confirmed by a forward score.
-
-    Each arrival that leaves budget is followed by a descent from the next best start.
-    """
+    """Descend from the best fixed point; while budget is left, from the next best of them that lies elsewhere."""
     points, scores = problem.tried()
+    ends: list[Array] = []
+    apart = RADIUS / 2 * (problem.space.high - problem.space.low)
     for k in np.argsort(scores, kind="stable"):
-        if not descend(problem, points[k], "gradient"):
-            return
+        if all(np.abs(points[k] - end).max() > apart for end in ends):
+            curvature = fit(*problem.tried(), points[k], RADIUS * (problem.space.high - problem.space.low)).H
+            ends.append(descend(problem, points[k], curvature, "gradient"))
 
 
 def refine(space: Space, run: Run, seed: int) -> None:
-    """λ of every part (layer group), from the best common λ of each member, towards which they are drawn."""
-    problem = Problem(space, run, seed, [(part,) for name in space.members for part in space.parts_of(name)])
+    """λ of every part (layer group), from the best common λ of each member, towards which they are drawn.
+
+    The curvature begins as if every group had an equal share of the common one, and none between groups.
+    """
     common = Problem(space, run, seed)
-    owners = [k for k, name in enumerate(space.members) for _ in space.parts_of(name)]
-    descend(problem, problem.inside(common.best[owners]), "layer groups", centre=common.best[owners])
+    parts = [part for name in space.members for part in space.parts_of(name)]
+    problem = Problem(space, run, seed, [(part,) for part in parts])
+    owner = [k for k, name in enumerate(space.members) for _ in space.parts_of(name)]
+    group = [part.partition(":")[2] for part in parts]
+    start = common.inside(common.best)
+    box = space.high - space.low
+    H = fit(*common.tried(), start, RADIUS * box).H
+    same = np.array([[a == b for b in group] for a in group])
+    curvature = np.where(same, H[np.ix_(owner, owner)] / len(set(group)), 0.0)
+    centre, strength = start[owner], space.shrinkage / len(parts)
+
+    def drawn(point: Array) -> tuple[float, Array]:
+        away = point - centre
+        return strength * float(away @ away), 2 * strength * away
+
+    descend(problem, centre, curvature + 2 * strength * np.eye(len(parts)), "layer groups", drawn)
 
 
-def descend(problem: Problem, start: Array, origin: str, centre: Array | None = None) -> bool:
-    """One descent from ``start``, and its end scored; false if the budget ended it.
+def descend(
+    problem: Problem,
+    start: Array,
+    curvature: Array,
+    origin: str,
+    penalty: Callable[[Array], tuple[float, Array]] = lambda point: (0.0, np.zeros_like(point)),
+) -> Array:
+    """One descent; where it arrives is confirmed by a forward score, for which a pass is kept back.
 
     Args:
         problem: see :class:`Problem`.
         start: ``[K]``.
+        curvature: ``[K, K]`` first guess.
         origin: of the point found.
-        centre: ``[K]`` the loss is joined by shrinkage · mean((λ − centre)²).
+        penalty: point → a number that joins the loss, and its gradient.
+
+    Raises:
+        Spent: the budget did not reach for a slope.
     """
-    from scipy.optimize import minimize
+    box = problem.space.high - problem.space.low
 
-    seen: list[tuple[float, Array]] = []
-
-    def evaluate(u: Array) -> tuple[float, Array]:
-        point = problem.inside(start + FIRST * u)
-        if problem.run.left < CONFIRM:
+    def slope(point: Array) -> tuple[float, Array]:
+        if problem.run.left < SLOPE + 1:
             raise Spent
-        problem.run.left -= CONFIRM
-        try:
-            value, slope = problem.slope(point)
-        finally:
-            problem.run.left += CONFIRM
-        if centre is not None:
-            away = point - centre
-            value += problem.space.shrinkage * float((away**2).mean())
-            slope = slope + problem.space.shrinkage * 2 * away / away.size
-        seen.append((value, point))
-        return value, FIRST * slope
+        value, gradient = problem.slope(point)
+        more, slant = penalty(point)
+        return value + more, gradient + slant
 
-    low, high = ((edge - start) / FIRST for edge in (problem.space.low, problem.space.high))
-    whole = True
-    try:
-        minimize(
-            evaluate,
-            np.zeros(problem.K),
-            jac=True,
-            method="L-BFGS-B",
-            bounds=list(zip(low, high, strict=True)),
-            options={"ftol": 1e-4, "gtol": 1e-3, "maxls": 10},
-        )
-    except Spent:
-        whole = False
-    if seen:
-        best = min(seen, key=lambda pair: pair[0])[1]
-        problem.scores([best], origin)
-    return whole
+    x, H, radius = start, curvature, RADIUS * box
+    f, g = slope(x)
+    spent = False
+    while radius > SMALLEST * box:
+        model = Surface(x, f, g, H)
+        target = np.round(model.lowest(problem.inside(x - radius), problem.inside(x + radius)), 4)
+        promised = f - model(target)
+        if promised <= GAIN * abs(f):
+            break
+        try:
+            f1, g1 = slope(target)
+        except Spent:
+            spent = True
+            break
+        s, missed = target - x, g1 - g - H @ (target - x)
+        if abs(s @ missed) > 1e-8 * float(np.linalg.norm(s) * np.linalg.norm(missed)):
+            H = H + np.outer(missed, missed) / (s @ missed)
+        if f - f1 < 0.25 * promised:
+            radius = 0.5 * min(radius, float(np.abs(s).max()))
+        elif f - f1 > 0.75 * promised and float(np.abs(s).max()) > 0.8 * radius:
+            radius = min(2 * radius, box)
+        if f1 < f:
+            x, f, g = target, f1, g1
+    if not np.array_equal(x, start):
+        problem.scores([x], origin)
+    if spent:
+        raise Spent
+    return x

@@ -39,7 +39,9 @@ class Strategy:
 
 
 _ROWS = (
-    Strategy("gradient", gradient, "slopes", "L-BFGS on λ through the bank", "Byrd et al. 1995, doi 10.1137/0916069"),
+    Strategy(
+        "gradient", gradient, "slopes", "quasi-Newton through the bank", "Conn et al. 1991, doi 10.1007/BF01594934"
+    ),
     Strategy("surrogate", surrogate, "scores", "quadratic response surface", "Box and Wilson 1951"),
     Strategy("tpe", tpe, "scores", "Parzen estimators (optuna)", "Bergstra et al. 2011, NeurIPS 24"),
     Strategy("cmaes", cmaes, "scores", "covariance adaptation (cmaes)", "Hansen 2016, arXiv 1604.00772", least=2),
