@@ -30,7 +30,7 @@ from lorchestra.base.fingerprint import fingerprint
 from lorchestra.base.home import home
 from lorchestra.base.lock import locked
 from lorchestra.base.safetensors_file import INDEX
-from lorchestra.errors import Interrupted, SourceError, StorageError
+from lorchestra.errors import Interrupted, LorchestraError, SourceError, StorageError
 from lorchestra.events import SILENT, Reporter, Task
 from lorchestra.fusion.assign import DTYPES, Output, Shard, plan_shards
 from lorchestra.fusion.merge_journal import NAME, Done, Journal, file_digest
@@ -103,7 +103,7 @@ def merge(
         untie: where input and output embedding share a weight and the adapter changes one of them, write two.
         identity: which base this is; by default computed where the adapter names its own.
         tokenizer_from: where tokenizer and chat template come from, if not from the base.
-        check: looks at the finished directory before it gets its name; what it raises undoes the merge.
+        check: looks at the finished directory before it gets its name; a LorchestraError from it undoes the merge.
         durable: flush everything to the disk before the name is given, so that it outlives a power failure too.
         reporter: progress.
 
@@ -153,7 +153,11 @@ def merge(
                 "there"
             ) from stopped
         _write_rest(partial, base, config, shards, journal, adapter, dtype, companions)
-        check(partial)
+        try:
+            check(partial)
+        except LorchestraError:
+            journal.close()
+            raise
         journal.close()
     return _report(shards, journal, resumed, time.perf_counter() - started)
 
