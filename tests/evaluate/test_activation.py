@@ -74,6 +74,23 @@ def test_against_dense_algebra(tiny_model):
             assert norm == pytest.approx(float(effects.square().sum(1).mean().sqrt()), rel=1e-4)
 
 
+def test_an_embedding_is_handed_tokens(tiny_model):
+    path = "model.embed_tokens"
+    tokens, width = tiny_model.get_submodule(path).weight.shape
+    update = LowRank(torch.randn(width, 2), torch.randn(2, tokens))
+    adapter = Adapter({path: update}, embeddings=frozenset({path}))
+    found, _ = activation_norms(tiny_model, {"a": adapter}, ITEMS, 3)
+    ids = [
+        [*item.prompt, *branch.ids][len(item.prompt) + j - 1]
+        for item in ITEMS
+        for branch in item.branches
+        for j, counts in enumerate(branch.supervised)
+        if counts
+    ]
+    expected = update.dense(torch.float64)[:, ids].square().sum(0).mean().sqrt()
+    assert found[path]["a"] == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_the_model_is_left_as_it_was(tiny_model):
     ids = torch.tensor([[1, 5, 6]])
     before = tiny_model(input_ids=ids).logits

@@ -45,7 +45,7 @@ def activation_norms(
     updates: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     for name, adapter in adapters.items():
         for path, update in adapter.modules.items():
-            _check(model, name, path, update.shape)
+            _check(model, name, path, update.shape, path in adapter.embeddings)
             gram = update.B.double().T @ update.B.double()
             pieces = update.A.to(device), gram.float().to(device)
             updates.setdefault(path, {})[name] = pieces
@@ -60,9 +60,9 @@ def activation_norms(
                     f"{path!r} does not see every token (it is handed {tuple(x.shape)}), so what it does per token is "
                     "not measured; leave --data out"
                 )
-            x = x[reading[0].row, reading[0].column].float()
+            x = x[reading[0].row, reading[0].column]
             for name, (A, gram) in updates[path].items():
-                z = x @ A.T
+                z = x.float() @ A.T if x.is_floating_point() else A.T[x]  # an embedding looks its column up
                 sums[path][name] += float((z @ gram * z).sum(dtype=torch.float64))
 
         return hook
@@ -86,9 +86,10 @@ def activation_norms(
     return means, tokens
 
 
-def _check(model: Any, name: str, path: str, shape: tuple[int, int]) -> None:
+def _check(model: Any, name: str, path: str, shape: tuple[int, int], embedding: bool) -> None:
     try:
-        found = linear_shape(model.get_submodule(path))
+        module = model.get_submodule(path)
+        found = tuple(module.weight.shape[::-1]) if embedding else linear_shape(module)
     except AttributeError:
         raise AdapterError(
             f"adapter {name!r} changes {path!r}, which {type(model).__name__} does not have; it belongs to another base"
