@@ -160,3 +160,19 @@ class TestSourceLock:
         found = SourceLock(path).read()
         assert set(found) <= {f"hf:org/{i}" for i in range(4)}
         assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+def test_a_name_that_may_be_a_hubs_or_a_mistyped_paths(folder):
+    (folder / "bases" / "medical").mkdir(parents=True)
+    with pytest.raises(SourceError) as caught:
+        locate("base/medicl", relative_to=folder)
+    for way in (
+        f"'base/medicl' was taken for a name on the hub, because there is no such path in {folder.resolve()}",
+        f"did you mean '{folder / 'bases' / 'medical'}'?",
+        "pip:distribution==version/path",
+        "HF_ENDPOINT",
+    ):
+        assert way in str(caught.value)
+    with pytest.raises(SourceError) as caught:
+        locate("hf:base/medicl", relative_to=folder)
+    assert "taken for" not in str(caught.value)

@@ -242,7 +242,9 @@ def test_trackers_get_their_directory(lorchestra, tiny_dir, data):
         (["--device", "tpu"], ["--device", "'tpu'", "cpu"]),
         (["--format", "alpca"], ["'alpca'", "'alpaca'"]),
         (["--field", "prompt"], ["--field 'prompt'", "PART=COLUMN"]),
-        (["--dataset", "nothere.jsonl"], ["nothere.jsonl"]),
+        (["--dataset", "nothere.jsonl"], ["error: --dataset: source 'nothere.jsonl': there is no"]),
+        (["--field", "prmpt=instruction"], ["error: --field: unknown part 'prmpt'", "Did you mean 'prompt'?"]),
+        (["--field", "prompt=ask", "--field", "completion=output"], ["--field prompt: there is no column 'ask'"]),
         (["--model_name_or_path", "nothere"], ["'nothere'", "there is no"]),
         (["--adapter", "nothere"], ["'nothere'", "there is no"]),
         (["--adapter", "notes=much"], ["notes=much", "'much' is not a finite number"]),
@@ -281,6 +283,7 @@ def test_adapters_and_data_of_the_wrong_kind_are_refused(
         "'foreign' is an adapter, not a model"
     )
     lorchestra("ft", "--model_name_or_path", tiny_dir, "--dataset", data["alpaca"]).refused("--output_dir")
+    lorchestra("ft", "--lora_rank", 4).refused("Missing: --model_name_or_path, --dataset, --output_dir.")
 
 
 def test_an_adapter_that_is_there_is_replaced_and_other_files_are_kept(

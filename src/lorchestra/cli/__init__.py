@@ -35,7 +35,9 @@ def main() -> None:
             raise
         print(
             "error: the device is out of memory. Lower train.batch_size (and raise gradient_accumulation), lower "
-            "max_length, or set train.gradient_checkpointing: true; finished steps are kept",
+            "max_length, or set train.gradient_checkpointing: true; with ft and dpo these are "
+            "--per_device_train_batch_size, --gradient_accumulation_steps, --max_length and --gradient_checkpointing. "
+            "Finished steps are kept",
             file=sys.stderr,
         )
         sys.exit(1)

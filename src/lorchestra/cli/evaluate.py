@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorchestra.cli.in_flags import in_flags
 from lorchestra.cli.options import Adapters, Device, Dtype, Field, Format, Json, fields_of, listed, weighted
 from lorchestra.errors import UserError
 
@@ -107,10 +108,11 @@ def _examples(specs: Sequence[Any], task: str, reporter: Reporter) -> tuple[Kind
     """All sources' examples, and what they are scored as."""
     from lorchestra.data.load import load_examples
 
-    found = [
-        load_examples(spec, "dpo" if task == "dpo" else "sft", relative_to=Path.cwd(), reporter=reporter)
-        for spec in specs
-    ]
+    with in_flags({}):
+        found = [
+            load_examples(spec, "dpo" if task == "dpo" else "sft", relative_to=Path.cwd(), reporter=reporter)
+            for spec in specs
+        ]
     examples = [example for loaded in found for example in loaded.examples]
     pairs = sum(example.rejected is not None for example in examples)
     if task == "auto" and 0 < pairs < len(examples):

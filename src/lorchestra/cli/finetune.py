@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lorchestra.cli import training_flags as flags
+from lorchestra.cli.in_flags import in_flags
 from lorchestra.cli.options import (
     Device,
     Dtype,
@@ -24,7 +25,7 @@ from lorchestra.cli.options import (
     refuse_overwriting,
     weighted,
 )
-from lorchestra.errors import RecipeError, UserError
+from lorchestra.errors import UserError
 
 if TYPE_CHECKING:
     from lorchestra.pipeline.single import Tuned
@@ -151,15 +152,15 @@ def _train(task: str, asked: Mapping[str, Any]) -> None:
     from lorchestra.cli.progress import make_reporter
     from lorchestra.pipeline.single import tune
 
-    recipe = _recipe(task, asked, beside)
-    name = recipe.stages[0].name
-    tuned = tune(
-        recipe,
-        out,
-        logs=asked["logging_dir"] or Path("runs") / name,
-        validation_optional=asked["val_ratio"] is None,
-        reporter=make_reporter(),
-    )
+    with in_flags(flags.names()):
+        recipe = _recipe(task, asked, beside)
+        tuned = tune(
+            recipe,
+            out,
+            logs=asked["logging_dir"] or Path("runs") / recipe.stages[0].name,
+            validation_optional=asked["val_ratio"] is None,
+            reporter=make_reporter(),
+        )
     told = _summary(tuned, beside)
     if asked["as_json"]:
         typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
@@ -215,18 +216,7 @@ def _recipe(task: str, asked: Mapping[str, Any], beside: list[Weighted]) -> Reci
         for part in path[:-1]:
             here = here[part] if isinstance(part, int) else here.setdefault(part, {})
         here[path[-1]] = wanted[flag]
-    try:
-        return Recipe.from_dict(values, Path())
-    except RecipeError as error:
-        raise UserError(_in_flags(str(error))) from None
-
-
-def _in_flags(message: str) -> str:
-    """A recipe's problems, told with the names of the flags."""
-    for flag, path in flags.KEYS.items():
-        key = ".".join(map(str, path))
-        message = re.sub(rf"^recipe: {re.escape(key)}(\.\S+)?: ", f"--{flag}: ", message, flags=re.MULTILINE)
-    return message
+    return Recipe.from_dict(values, Path())
 
 
 def _entries(asked: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorchestra.cli.in_flags import in_flags
 from lorchestra.cli.options import Field, fields_of
 from lorchestra.errors import UserError
 
@@ -53,6 +54,8 @@ def init(
     from lorchestra.pipeline.cache import storage
 
     rows = {} if data else example_rows()
+    stages, found = _stages(directory, data, fields) if data else (_examples(list(rows)), [])
+    source = _source(base, directory)
     texts = {f"{stage}.jsonl": _jsonl(examples) for stage, examples in rows.items()}
     taken = [str(directory / name) for name in (*texts, RECIPE) if (directory / name).exists()]
     if taken and not force:
@@ -60,13 +63,13 @@ def init(
             f"{', '.join(taken)}: there already, and nothing was written. Choose another directory, or --force to "
             "overwrite"
         )
-    source = _source(base, directory)
-    stages = _stages(directory, data, fields) if data else _examples(list(rows))
     texts[RECIPE] = recipe_text(_name(directory), source, stages)
     with storage(directory):
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             _write(directory / name, text)
+    for line in found:
+        typer.echo(line)
     recipe = directory / RECIPE
     for name in texts:
         typer.echo(f"wrote {directory / name}")
@@ -77,20 +80,24 @@ def init(
     )
 
 
-def _stages(directory: Path, sources: list[str], fields: dict[str, str]) -> dict[str, list[StarterData]]:
-    """Look into each file, and give it to the stage it fits."""
+def _stages(
+    directory: Path, sources: list[str], fields: dict[str, str]
+) -> tuple[dict[str, list[StarterData]], list[str]]:
+    """Look into each file, and give it to the stage it fits; what was found in each, in words."""
     from lorchestra.cli.progress import make_reporter, without_lines
     from lorchestra.cli.starter import GENERAL, PREFERENCE, SPECIALISED, StarterData
     from lorchestra.data.load import DataSpec, load_examples
 
     stages: dict[str, list[StarterData]] = {}
+    told = []
     for source in sources:
-        loaded = load_examples(DataSpec(source, fields=fields), "sft", reporter=without_lines(make_reporter()))
-        typer.echo(loaded.describe())
+        with in_flags({}):
+            loaded = load_examples(DataSpec(source, fields=fields), "sft", reporter=without_lines(make_reporter()))
         stage = PREFERENCE if loaded.format == "preference" else SPECIALISED if GENERAL in stages else GENERAL
         about = f"{loaded.format}, {loaded.how}: {loaded.rows} rows, {len(loaded.examples)} examples"
         stages.setdefault(stage, []).append(StarterData(_source(source, directory), about, fields))
-    return stages
+        told.append(loaded.describe())
+    return stages, told
 
 
 def _examples(stages: list[str]) -> dict[str, list[StarterData]]:

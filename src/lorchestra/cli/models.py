@@ -57,7 +57,7 @@ def open_model(base: str, members: list[Weighted], *, device: str, dtype: str, r
         members = [Weighted(base, 1.0), *members]
     adapters, weights = load_adapters(members, reporter)
     directory = base_of(base, next(iter(adapters.values())), reporter) if itself else base_directory(base, reporter)
-    loaded = load_base(directory, device=device, dtype=dtype)
+    loaded = load_base(directory, device=device, dtype=dtype, reporter=reporter)
     for line in remarks(adapters, weights, loaded.id):
         reporter.say(line)
     bank = Bank(loaded.model, loaded.id)

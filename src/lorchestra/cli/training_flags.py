@@ -107,3 +107,10 @@ KEYS = {
     "dtype": ("dtype",),
     "device": ("device",),
 }
+# Problems that a key has not one flag for, told with the flag that they come from.
+PLACES = {"dataset": "stages.0.data", "adapter": "adapters", "val_ratio": "split", "output_dir": "stages.0.name"}
+
+
+def names() -> dict[str, str]:
+    """Key of the recipe → flag."""
+    return {path: flag for flag, path in PLACES.items()} | {".".join(map(str, key)): flag for flag, key in KEYS.items()}

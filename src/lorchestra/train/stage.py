@@ -103,7 +103,7 @@ def train_stage(
         raise UserError(f"stage {inputs.name!r} has no training items")
     refuse_absent_trackers(inputs.train.report_to)
     directory.mkdir(parents=True, exist_ok=True)
-    before = frozen_digest(model)
+    before = frozen_digest(model, reporter, "hash the frozen base")
     bank = Bank(model, base)
     layout = Layout.of(model, pad_id)
     schedules = {name: member for name, (_, member) in inputs.context.items()}
@@ -145,7 +145,7 @@ def train_stage(
         modules = member.folded()
     finally:
         bank.unmount()
-    if frozen_digest(model) != before:
+    if frozen_digest(model, reporter, "compare the frozen base") != before:
         raise TrainingError(f"stage {inputs.name!r} changed a tensor of the frozen base; its adapter is not kept")
     lineage = stage_lineage(inputs, progress.best_loss, progress.best_step)
     adapter = Adapter(modules, base, lineage, _transposed(model, modules))
@@ -153,13 +153,16 @@ def train_stage(
     return StageResult(adapter, progress, plan.steps, plan.steps_per_epoch, trainable, first_loss)
 
 
-def frozen_digest(model: nn.Module) -> str:
-    """SHA-256 over every parameter and buffer of ``model``, by name."""
+def frozen_digest(model: nn.Module, reporter: Reporter = SILENT, task: str = "digest of the base") -> str:
+    """SHA-256 over every parameter and buffer of ``model``, by name; ``task`` is what the progress is called."""
     sha = hashlib.sha256()
-    for name, tensor in sorted((*model.named_parameters(), *model.named_buffers())):
-        sha.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
-        if tensor.numel():
-            sha.update(tensor_bytes(tensor))
+    tensors = sorted((*model.named_parameters(), *model.named_buffers()))
+    with reporter.task(task, sum(tensor.nbytes for _, tensor in tensors), "B") as progress:
+        for name, tensor in tensors:
+            sha.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
+            if tensor.numel():
+                sha.update(tensor_bytes(tensor))
+            progress.advance(tensor.nbytes)
     return sha.hexdigest()
 
 
