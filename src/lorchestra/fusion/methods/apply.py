@@ -13,7 +13,7 @@ from lorchestra.adapter.lineage import Parent
 from lorchestra.errors import UserError
 from lorchestra.fusion.bounds import Bounds
 from lorchestra.fusion.groups import Rule, by_rules
-from lorchestra.fusion.methods.low_rank import Fused, compressed
+from lorchestra.fusion.methods.low_rank import Fused, check_density, compressed
 from lorchestra.fusion.methods.table import Method, method_named
 
 
@@ -47,7 +47,9 @@ def apply(
         AdapterError: as the method itself.
     """
     row, bounds = method_named(method), bounds or Bounds()
-    _check_options(row, bounds, density, seed, rules)
+    check_options(row, bounds, density, seed, rules)
+    if row.name == "linear" and bounds.given:  # the same, without stacking the factors first
+        row = method_named("svd")
     parts, part_weights = by_rules(members, weights, rules) if rules else (dict(members), dict(weights))
     options: dict[str, Any] = {"name": name}
     if row.home != "exact":
@@ -67,9 +69,22 @@ def apply(
     return _as_asked(fused, members, weights, rules) if rules else fused
 
 
-def _check_options(row: Method, bounds: Bounds, density: float | None, seed: int | None, rules: Sequence[Rule]) -> None:
-    if density is not None and row.density is None:
-        raise UserError(f"{row.name} thins nothing out, so it takes no density")
+def check_options(
+    row: Method,
+    bounds: Bounds,
+    density: float | None = None,
+    seed: int | None = None,
+    rules: Sequence[Rule] = (),
+) -> None:
+    """Whether a method takes the options that are given, and has those that it needs.
+
+    Raises:
+        UserError: it does not.
+    """
+    if density is not None:
+        if row.density is None:
+            raise UserError(f"{row.name} thins nothing out, so it takes no density")
+        check_density(density)
     if seed is not None and not row.seeded:
         raise UserError(f"there is no chance in {row.name}, so it takes no seed")
     if row.name == "svd" and not bounds.given:
