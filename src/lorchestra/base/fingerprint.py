@@ -48,7 +48,7 @@ def fingerprint(directory: Path, name: str = "", reporter: Reporter = SILENT) ->
         cached.parent.mkdir(parents=True, exist_ok=True)
         with locked(cached.with_suffix(".lock"), f"the fingerprint of {directory}", lambda text: None):
             if not cached.exists():
-                note = {"weights": _weights_digest(shards, reporter), "directory": str(directory)}
+                note = {"weights": _weights_digest(shards, reporter)}
                 partial = cached.with_suffix(".partial")
                 partial.write_text(json.dumps(note), encoding="utf-8")
                 partial.replace(cached)

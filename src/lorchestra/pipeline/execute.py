@@ -31,6 +31,7 @@ from lorchestra.pipeline.training import (
     train,
 )
 from lorchestra.recipe.recipe import Recipe
+from lorchestra.recipe.unexpanded import Unexpanded, as_written, mask_of, masked
 from lorchestra.report.write import write_report
 
 
@@ -59,6 +60,7 @@ class RunResult:
     report: Path
 
 
+@as_written
 def run(recipe: Recipe, *, directory: Path | None = None, reporter: Reporter = SILENT, wait: bool = False) -> RunResult:
     """Carry out a recipe; finished steps are reused, an unfinished one goes on where it stopped.
 
@@ -78,7 +80,7 @@ def run(recipe: Recipe, *, directory: Path | None = None, reporter: Reporter = S
         sweep(where)
         journal = Journal(reporter, where / "events.jsonl")
         try:
-            return _Run(recipe, where, journal).go()
+            return _Run(recipe, where, Unexpanded(journal, mask_of(recipe))).go()
         finally:
             journal.close()
 
@@ -236,7 +238,7 @@ class _Run:
             "samples": judged.samples if judged else [],
             "data": prepared.check.as_dict(),
         }
-        return write_report(data, self.directory)
+        return write_report(masked(mask_of(recipe), data), self.directory)
 
     def _stage_report(self, name: str, found: Trained) -> dict[str, Any]:
         training = dict(found.training)

@@ -32,6 +32,7 @@ from lorchestra.pipeline.training import Trained, context_of, load_trained, mixe
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.recipe.sections import Stage
 from lorchestra.recipe.sources import expand
+from lorchestra.recipe.unexpanded import as_written
 from lorchestra.train.stage import StageInputs
 
 State = Literal["here", "to fetch", "each run", "cached", "begun", "to do"]
@@ -107,6 +108,7 @@ class Plan:
         return next(step for step in self.steps if step.name == name)
 
 
+@as_written
 def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
     """Look ahead.
 

@@ -17,7 +17,7 @@ from lorchestra.adapter.digest import json_digest
 from lorchestra.adapter.lineage import BaseId
 from lorchestra.bank import Bank
 from lorchestra.base.fingerprint import config_digest, fingerprint
-from lorchestra.base.load import prepare_base
+from lorchestra.base.load import load_tokenizer, prepare_base
 from lorchestra.base.locate import SourceLock, locate, parse_source
 from lorchestra.data.check import Check, StageData, check_data
 from lorchestra.data.load import load_examples
@@ -31,6 +31,7 @@ from lorchestra.recipe.mistakes import targets_place
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.recipe.sections import DataEntry
 from lorchestra.recipe.sources import expand
+from lorchestra.recipe.unexpanded import as_written
 from lorchestra.recipe.words import Problem
 from lorchestra.train.lora import target_paths
 
@@ -65,6 +66,7 @@ class Prepared:
         return json_digest([self.base.weights, config_digest(self.directory)])
 
 
+@as_written
 def prepare(recipe: Recipe, reporter: Reporter = SILENT, fetch: bool = True) -> Prepared:
     """Fetch, load, split, render and check; no weights are loaded.
 
@@ -73,14 +75,13 @@ def prepare(recipe: Recipe, reporter: Reporter = SILENT, fetch: bool = True) -> 
         SourceError, DataError, AdapterError: what cannot be found, read or used.
         RecipeError: modules that the base does not have, adapters that do not fit it.
     """
-    from transformers import AutoTokenizer
-
     recipe.check_sources()
     where = recipe.directory
     source = expand(recipe.base)
     directory = prepare_base(source, relative_to=where, reporter=reporter, fetch=fetch)
     path = where / Path(source).expanduser()
-    name = str(path.resolve()) if path.exists() else source  # adapters record it, to find their base again
+    # Adapters record it, to find their base again; as it was written, where the environment has a part in it.
+    name = str(path.resolve()) if path.exists() and source == recipe.base else recipe.base
     base = fingerprint(directory, name)
     lock = SourceLock(recipe.path.with_suffix(".lock.json"), reporter) if recipe.path else None
     _pin(lock, recipe, recipe.base, base.weights)
@@ -93,7 +94,7 @@ def prepare(recipe: Recipe, reporter: Reporter = SILENT, fetch: bool = True) -> 
     recipe.refuse(_misfits(recipe, model, base, adapters))
     for line in base_remarks(adapters, base):
         reporter.say(line)
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    tokenizer = load_tokenizer(directory)
     renderer = Renderer(tokenizer, recipe.max_length, recipe.supervise)
     for note in renderer.notes:
         reporter.say(f"note: {note}")

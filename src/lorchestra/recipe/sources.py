@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from lorchestra.recipe.sections import DataEntry
 
 ENVIRONMENT = ("HF_ENDPOINT", "HOME", "USER")
+SHORT = 4  # characters; a value as short is looked for as a word of its own
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 # A name like a/b is a hub's, unless it ends as a file does.
 _FILES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".gguf", ".gz", ".txt", ".safetensors")
@@ -42,7 +44,7 @@ def source_problem(text: str, directory: Path, entry: DataEntry | None, task: Li
         if entry is not None:
             check_spec(entry.spec(), task)
     except (RecipeError, SourceError, DataError) as error:
-        return str(error)
+        return masking([text])(str(error))
     return ""
 
 
@@ -72,3 +74,22 @@ def variable_problem(text: str) -> str:
                 f"LORCHESTRA_{near(name, ENVIRONMENT, cutoff=0.7)}"
             )
     return ""
+
+
+def masking(texts: Iterable[str]) -> Callable[[str], str]:
+    """A function that puts ``${NAME}`` back where the value of a variable stands that one of ``texts`` names.
+
+    A value that is a path is also known by what it resolves to.
+    """
+    names: dict[str, str] = {}
+    for name in _VARIABLE.findall("\n".join(texts)):
+        if value := os.environ.get(name, ""):
+            resolved = str(Path(value).expanduser().resolve()) if os.sep in value else value
+            names |= {shape: f"${{{name}}}" for shape in (value, value.rstrip("/"), resolved) if shape not in ("", "/")}
+    if not names:
+        return lambda text: text
+    longest = sorted(names, key=len, reverse=True)
+    pattern = re.compile(
+        "|".join(re.escape(v) if len(v) >= SHORT else rf"(?<!\w){re.escape(v)}(?!\w)" for v in longest)
+    )
+    return lambda text: pattern.sub(lambda found: names[found[0]], text)
