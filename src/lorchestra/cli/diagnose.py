@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorchestra.cli.options import Device, Dtype, Field, Format, Json, Weighted, distinct, fields_of
+from lorchestra.cli.options import Device, Dtype, Field, Format, Json, fields_of, named_adapters
 from lorchestra.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def diagnose(
     `lorchestra diagnose terms=adapters/terms notes=adapters/notes --base models/my-base --data terms=terms.jsonl
     --data notes=notes.jsonl -o diagnosis.html`
     """
-    sources = _named(adapter)
+    sources = named_adapters(adapter)
     owners = _data(data or [], sources, base)
     if output is not None and output.is_dir():
         raise UserError(f"-o {output} is a directory; give a file name, as in -o {output / 'diagnosis.html'}")
@@ -95,33 +95,6 @@ def diagnose(
         typer.echo(f"• {remark.text}")
     if output is not None:
         typer.echo(f"page: {output}")
-
-
-def _named(texts: Sequence[str]) -> dict[str, str]:
-    """Name → source, of ``NAME=DIR`` or ``DIR``; a directory that is there may have ``=`` in its name."""
-    given: list[tuple[str, str]] = []
-    for text in texts:
-        name, sign, source = text.partition("=")
-        if sign and not Path(text).is_dir() and not text.startswith(("hf:", "pip:")):
-            if not name.strip() or not source.strip():
-                raise UserError(f"{text!r}: write NAME=DIRECTORY, or the directory alone")
-            given.append((name.strip(), source.strip()))
-        else:
-            given.append(("", text))
-    unnamed = [source for name, source in given if not name]
-    twice = [source for source in unnamed if unnamed.count(source) > 1]
-    if twice:
-        raise UserError(f"adapter {twice[0]!r} is given twice; once is enough")
-    short = {member.source: name for name, member in distinct([Weighted(source, 1.0) for source in unnamed]).items()}
-    out: dict[str, str] = {}
-    for name, source in given:
-        name = name or short[source]
-        if name in out:
-            raise UserError(
-                f"two adapters are called {name!r} ({out[name]} and {source}); give them names of their own"
-            )
-        out[name] = source
-    return out
 
 
 def _data(texts: Sequence[str], sources: Mapping[str, str], base: str | None) -> dict[str, str]:

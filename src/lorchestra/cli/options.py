@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lorchestra.cli.completion import adapters, among
 from lorchestra.errors import UserError
 
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+FORMATS = ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "choice", "preference")
+
+Device = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda or mps.", autocompletion=among("auto", "cpu", "cuda", "mps"))
+]
+Dtype = Annotated[
+    str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", autocompletion=among(*DTYPES))
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Adapters = Annotated[
     list[str] | None,
-    typer.Option("--adapter", "-a", metavar="DIR[=WEIGHT]", help="An adapter and its weight (1). Repeat for a sum."),
+    typer.Option(
+        "--adapter",
+        "-a",
+        metavar="DIR[=WEIGHT]",
+        help="An adapter and its weight (1). Repeat for a sum.",
+        autocompletion=adapters,
+    ),
 ]
 Format = Annotated[
     str,
@@ -24,6 +39,7 @@ Format = Annotated[
         "--format",
         metavar="NAME",
         help="auto, messages, sharegpt, alpaca, prompt_completion, choice or preference.",
+        autocompletion=among(*FORMATS),
         rich_help_panel="Data",
     ),
 ]
@@ -95,6 +111,37 @@ def distinct(members: list[Weighted]) -> dict[str, Weighted]:
         if not clashing:
             return dict(zip(names, members, strict=True))
         length |= {place: length[place] + 1 for place in clashing}
+
+
+def named_adapters(texts: Sequence[str]) -> dict[str, str]:
+    """Name → source, of ``NAME=DIR`` or ``DIR``; a directory that is there may have ``=`` in its name.
+
+    Raises:
+        UserError: half of ``NAME=DIR``, or two adapters of one name.
+    """
+    given: list[tuple[str, str]] = []
+    for text in texts:
+        name, sign, source = text.partition("=")
+        if sign and not Path(text).is_dir() and not text.startswith(("hf:", "pip:")):
+            if not name.strip() or not source.strip():
+                raise UserError(f"{text!r}: write NAME=DIRECTORY, or the directory alone")
+            given.append((name.strip(), source.strip()))
+        else:
+            given.append(("", text))
+    unnamed = [source for name, source in given if not name]
+    twice = [source for source in unnamed if unnamed.count(source) > 1]
+    if twice:
+        raise UserError(f"adapter {twice[0]!r} is given twice; once is enough")
+    short = {member.source: name for name, member in distinct([Weighted(source, 1.0) for source in unnamed]).items()}
+    out: dict[str, str] = {}
+    for name, source in given:
+        name = name or short[source]
+        if name in out:
+            raise UserError(
+                f"two adapters are called {name!r} ({out[name]} and {source}); give them names of their own"
+            )
+        out[name] = source
+    return out
 
 
 def refuse_overwriting(out: Path, members: list[Weighted]) -> None:

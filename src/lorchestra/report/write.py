@@ -53,21 +53,21 @@ def clean(data: Mapping[str, Any]) -> dict[str, Any]:
     return cleaned
 
 
-def write_report(data: Mapping[str, Any], directory: Path) -> Path:
-    """Write ``report.json`` and ``report.html`` into ``directory``; each appears whole or not at all.
+def write_report(data: Mapping[str, Any], directory: Path, name: str = "report") -> Path:
+    """Write ``report.json`` and ``report.html`` (or another name) into ``directory``; each appears whole or not at all.
 
     Numbers that are not finite are written as ``null``: JSON has none.
 
     Returns:
-        The path of ``report.html``.
+        The path of the page.
 
     Raises:
         StorageError: the directory cannot be made or written, or the disk is full.
     """
     plain = _plain(data)
     text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False)
-    page = directory / "report.html"
-    _put(directory / "report.json", text + "\n")
+    page = directory / f"{name}.html"
+    _put(directory / f"{name}.json", text + "\n")
     _put(page, render_report(plain))
     return page
 
