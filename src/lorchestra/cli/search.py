@@ -19,9 +19,10 @@ from lorchestra.cli.options import (
     Weighted,
     fields_of,
     listed,
+    named_adapters,
     number,
     refuse_overwriting,
-)  # fmt: skip
+)
 from lorchestra.errors import UserError
 
 if TYPE_CHECKING:
