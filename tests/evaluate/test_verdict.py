@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from lorchestra.errors import LorchestraError
+from lorchestra.evaluate.goal import Goal
 from lorchestra.evaluate.score import Scores
-from lorchestra.evaluate.verdict import ALL, DELIVERED, Verdict, judge
+from lorchestra.evaluate.verdict import ALL, DELIVERED, UNREFIT, Verdict, judge
 from lorchestra.report.comparison import Comparison
 
 N = 120
@@ -170,8 +171,7 @@ def test_the_notes_of_stages_compare_each_with_the_base_on_its_own_domain() -> N
 )
 def test_the_note_on_the_mixed_baseline(mixed: Scores, said: str) -> None:
     found = verdict({DELIVERED: answers(-2), "mixed": mixed})
-    (note,) = [note for note in found.notes if "mixed data" in note]
-    assert note.startswith(said)
+    assert sum(note.startswith(said) for note in found.notes) == 1
     assert not any("mixed data" in note for note in verdict({DELIVERED: answers(-2)}).notes)
 
 
@@ -200,9 +200,81 @@ def test_the_notes_on_size_count_groups_of_the_smallest_domain() -> None:
     assert (
         "9 sets of coefficients were tried on 60 λ-validation items; none of them is in the sealed test." in found.notes
     )
-    assert any(note.startswith("The smallest domain has 20 independent sealed-test groups") for note in found.notes)
-    large = judge(small(100), stages=[], betas={}, recipe_of="x")
-    assert large.notes == ()
+    assert any(
+        note.startswith("With 20 independent groups in the smallest domain, this test finds") for note in found.notes
+    )
+    assert not any("were tried" in note for note in judge(small(100), stages=[], betas={}, recipe_of="x").notes)
+
+
+def test_what_the_test_could_have_seen_is_in_the_notes_and_follows_from_its_standard_error() -> None:
+    found = verdict({DELIVERED: answers(-0.5, 1), "clinic": answers(-0.45, 1, seed=2)})
+    against = {d.b: d.interval for d in found.differences if d.metric == "loss_ratio" and d.a == DELIVERED}
+    (note,) = [note for note in found.notes if note.startswith("With 120 independent groups")]
+    base, clinic = against["base"].detectable, against["clinic"].detectable
+    assert f"{base:.1%} against the base and {clinic:.1%} against 'clinic' alone" in note
+    difference = (answers(-0.5, 1).nll - answers(-0.45, 1, seed=2).nll) / HARD.mean()
+    assert clinic == pytest.approx((1.98 + 0.845) * difference.std(ddof=1) / np.sqrt(N), rel=0.1)
+
+
+def test_a_claim_that_needs_more_items_says_how_many() -> None:
+    """(t + t₀.₈)² · variance / difference²: the textbook's sample size."""
+    found = verdict({DELIVERED: answers(-0.05, 1)})
+    (note,) = [note for note in found.notes if note.startswith("Too small for a claim against the base")]
+    needed = int(note.split("takes about ")[1].split(" groups")[0].replace(",", ""))
+    assert needed == pytest.approx(N * ((1.98 + 0.845) / (0.05 * np.sqrt(N) / 1)) ** 2, rel=0.25)
+    assert not any("Too small" in note for note in verdict({DELIVERED: answers(-2)}).notes)
+    assert not any("Too small" in note for note in verdict({DELIVERED: answers(0, 0)}).notes)
+
+
+def two(a: float, b: float, seed: int = 1) -> dict[str, Scores]:
+    return {"a": answers(a, 0.05, seed=seed), "b": answers(b, 0.05, seed=seed + 9)}
+
+
+def judged(goal: Goal, **models: dict[str, Scores]) -> Verdict:
+    base = {"a": answers(0, 0), "b": answers(0, 0)}
+    return judge({"base": base, **models}, stages=[], betas={}, recipe_of="x", goal=goal, singles=["s", "t"])
+
+
+def test_the_sentence_is_about_the_goal() -> None:
+    """Better on average, worse in the worst domain."""
+    models = {DELIVERED: two(-3, 1), "s": two(-1, -0.5, 3)}
+    assert "better than the base" in judged(Goal(), **models).sentence
+    worst = judged(Goal("worst"), **models)
+    assert "worse than the base" in worst.sentence
+    assert "Judged is the worst domain of loss / base loss." in worst.notes
+    assert "worse than the base" in judged(Goal("weighted", {"b": 1}), **models).sentence
+    ratio = {r.model: r.interval.estimate for r in worst.rows if (r.metric, r.domain) == ("loss_ratio", ALL)}
+    each = {r.domain: r.interval.estimate for r in worst.rows if r.metric == "loss_ratio" and r.model == DELIVERED}
+    assert ratio[DELIVERED] == max(each["a"], each["b"]) > 1
+    assert "judged is the mean" in judged(Goal("weighted", {"else": 1}), **models).notes[0]
+
+
+@pytest.mark.parametrize(("b", "said"), [(-1.0, "kept"), (1.0, "crossed"), (-0.85, "cannot be told")])
+def test_the_limit_is_tested_on_the_sealed_test_against_the_best_single_adapter(b: float, said: str) -> None:
+    found = judged(Goal(tolerance=0.02), **{DELIVERED: two(-3, b), "s": two(-1, 0, 3), "t": two(0, -1, 5)})
+    (first, second) = [note for note in found.notes if note.startswith("The limit on")]
+    assert first.startswith("The limit on 'a', at most 0.02 above the best single adapter: kept (")
+    assert first.endswith("above 's' alone).")
+    assert f"adapter: {said} (" in second
+    assert second.endswith("above 't' alone).")
+    assert not any("limit" in note for note in judged(Goal(), **{DELIVERED: two(-3, b), "s": two(-1, 0)}).notes)
+
+
+def test_the_pareto_front_is_named() -> None:
+    found = judged(Goal(), **{DELIVERED: two(-3, 1), "s": two(-1, -1, 3), "t": two(0, -0.5, 5)})
+    assert "By their estimates, no model is at least as good in every domain as delivered and s." in found.notes
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [(-1.0, "is better than what was"), (-3.0, "is worse than what was"), (-2.0, "cannot be told from what was")],
+)
+def test_the_note_on_the_refit(before: float, said: str) -> None:
+    found = verdict({DELIVERED: answers(-2), UNREFIT: answers(before, seed=2)})
+    (note,) = [note for note in found.notes if note.startswith("The refit on training and")]
+    assert said in note
+    if before == -3.0:
+        assert "the same weights before the refit is better still" in found.sentence
 
 
 def test_many_comparisons_are_told() -> None:
@@ -238,7 +310,7 @@ def test_everything_becomes_plain_json() -> None:
     keys = {"model", "domain", "metric", "estimate", "low", "high", "n"}
     assert all(set(row) == keys for row in told["evaluation"]["rows"])
     rows = [(row["model"], row["domain"], row["metric"]) for row in told["evaluation"]["rows"]]
-    assert len(rows) == len(set(rows)) == 3 * (1 + 3 + 1)
+    assert len(rows) == len(set(rows)) == 3 * (1 + 3 + 2 + 1)
     pairs_of = [(d["a"], d["b"], d["domain"], d["metric"]) for d in told["evaluation"]["differences"]]
     assert len(pairs_of) == len(set(pairs_of))
 

@@ -4,7 +4,7 @@ candidates that no other beats everywhere."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -74,6 +74,10 @@ class Goal:
             return {name: (worst == d).astype(np.float64) for d, name in enumerate(ratios)}
         counts = self._counts(list(ratios))
         return {name: np.full(stacked.shape[1:], count) for name, count in zip(ratios, counts, strict=True)}
+
+    def counts_in(self, domains: Iterable[str]) -> bool:
+        """Whether one of ``domains`` counts at all."""
+        return self.kind != "weighted" or any(self.weights.get(name, 0.0) > 0 for name in domains)
 
     def excess(self, ratios: Ratios, singles: Sequence[Ratios]) -> float:
         """By how much the domain that is worst off crosses the limit; 0 where all keep it.

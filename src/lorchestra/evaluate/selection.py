@@ -75,13 +75,15 @@ class Worth:
 
     Args:
         rule: of choosing.
-        naive: the chosen candidate's value on the very items it was chosen on.
+        taken: number of the candidate that it takes on all items.
+        naive: the taken candidate's value on the very items it was chosen on.
         honest: the value on folds that the choice had not seen. The folds share most of what they choose on, which the
             interval allows for as Nadeau and Bengio do (2003, "Inference for the generalization error", §3).
         optimism: honest − naive, item by item.
     """
 
     rule: Rule
+    taken: int
     naive: float
     honest: Interval
     optimism: Interval
@@ -90,6 +92,7 @@ class Worth:
         """Plain JSON."""
         return {
             "rule": self.rule,
+            "taken": self.taken,
             "naive": self.naive,
             "honest": flat(self.honest),
             "optimism": flat(self.optimism),
@@ -362,7 +365,7 @@ def _worth(ours: _Look, rule: Rule) -> tuple[tuple[Worth, ...], Array]:
         # Nadeau and Bengio 2003: what the folds choose on overlaps, so the scores of the repeats are no news.
         level, paired = np.sqrt(np.mean(squares, axis=0) * (folds / (folds - 1) + 1 / len(ours.dealt)))
         mean, seen = float(np.mean(values)), float(ours.values[naive])
-        found.append(Worth(each, seen, student(mean, float(level), n), student(mean - seen, float(paired), n)))
+        found.append(Worth(each, naive, seen, student(mean, float(level), n), student(mean - seen, float(paired), n)))
     return tuple(found), picked / picked.sum()
 
 

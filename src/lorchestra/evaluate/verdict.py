@@ -9,13 +9,15 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from lorchestra.evaluate.goal import Goal, undominated
 from lorchestra.evaluate.metrics import (
+    MEAN,
     Difference,
     Row,
     differences,
-    loss_draws,
     metrics,
     overall,
+    ratio_draws,
     smallest,
     table,
 )
@@ -23,7 +25,7 @@ from lorchestra.evaluate.score import Scores
 from lorchestra.stats.intervals import Interval, interval_of
 
 DELIVERED = "delivered"
-FEW = 100  # groups in a domain below which a difference of a few points cannot be seen
+UNREFIT = "chosen"  # the chosen sum of the stages as they were before a refit
 ALL = "all domains"
 
 
@@ -58,6 +60,8 @@ def judge(
     betas: Mapping[str, float],
     recipe_of: str,
     same: Sequence[str] = (),
+    singles: Sequence[str] = (),
+    goal: Goal = MEAN,
     budget: str = "",
     candidates: int = 0,
     validation_items: int = 0,
@@ -71,15 +75,26 @@ def judge(
         recipe_of: what was delivered, in words (``0.3·general + 0.7·clinic``).
         same: rivals with the very coefficients of what was delivered; rounding alone tells them apart, so the sentence
             does not compare them.
+        singles: the models that are one member of the fusion alone; the goal's limit is measured against them.
+        goal: what the domains' losses are to become together; the sentence is about it.
         budget: what the mixed baseline and the stages were trained with (tokens, parameters).
         candidates: coefficients that were tried on λ-validation.
         validation_items: items each was tried on.
     """
     models = tuple(scores)
     domains = tuple(scores["base"])
-    rows = [row for model in models for domain in domains for row in metrics(model, domain, scores[model][domain])]
-    draws = {model: loss_draws(scores[model], scores["base"], betas) for model in models}
     groups = smallest(scores["base"])
+    rows = [row for model in models for domain in domains for row in metrics(model, domain, scores[model][domain])]
+    ratios = {model: ratio_draws(scores[model], scores["base"], betas) for model in models}
+    meant = goal if goal.counts_in(domains) else MEAN
+    draws = {model: meant.combined(found) for model, found in ratios.items()}
+    if len(domains) > 1:
+        sizes = {domain: len(set(scores["base"][domain].groups)) for domain in domains}
+        rows += [
+            Row(model, domain, "loss_ratio", interval_of(ratios[model][domain], sizes[domain]))
+            for model in models
+            for domain in domains
+        ]
     rows += [Row(model, ALL, "loss_ratio", interval_of(draws[model], groups)) for model in models]
     found = [
         difference
@@ -93,10 +108,15 @@ def judge(
     own = _own_domains(scores, stages)
     found += own
     notes = [
+        *_goal_notes(goal, meant),
         *_stage_notes(own, table(rows, "nll")),
         *_preference_notes(rows, found, betas),
         *_staging_note(against, budget),
-        *_size_notes(groups, candidates, validation_items, len(against)),
+        *_refit_note(against),
+        *_limit_notes(goal, ratios, [name for name in singles if name in models], scores["base"]),
+        *_front_note(ratios),
+        *_search_note(candidates, validation_items),
+        *_power_notes(against, same, draws, groups),
     ]
     named = f"{recipe_of}: {_called(same[0])}" if same else recipe_of
     sentence = _sentence(named, {rival: found for rival, found in against.items() if rival not in same}, draws)
@@ -207,21 +227,97 @@ def _staging_note(against: Mapping[str, Interval], budget: str) -> list[str]:
     return [f"{said} ({budget + '; ' if budget else ''}difference of loss ratios {interval})."]
 
 
-def _size_notes(groups: int, candidates: int, validation_items: int, comparisons: int) -> list[str]:
+def _refit_note(against: Mapping[str, Interval]) -> list[str]:
+    if UNREFIT not in against:
+        return []
+    interval = against[UNREFIT]
+    said = "cannot be told from what was there before it"
+    if interval.high < 0:
+        said = "is better than what was there before it"
+    elif interval.low > 0:
+        said = "is worse than what was there before it; set fusion.refit: false"
+    return [f"The refit on training and λ-validation data together {said} (difference of loss ratios {interval})."]
+
+
+def _goal_notes(goal: Goal, meant: Goal) -> list[str]:
+    if goal != meant:
+        return [
+            "No domain that counts in the goal has a sealed test; judged is the mean over the domains that have one."
+        ]
+    return [f"Judged is {goal}."] if goal.kind != "mean" else []
+
+
+def _limit_notes(
+    goal: Goal, ratios: Mapping[str, Mapping[str, NDArray[Any]]], singles: Sequence[str], base: Mapping[str, Scores]
+) -> list[str]:
+    """Whether the delivered model keeps the goal's limit, domain by domain."""
+    if goal.tolerance is None or not singles:
+        return []
     notes = []
-    if candidates:
+    for domain, found in base.items():
+        best = min(singles, key=lambda name: float(ratios[name][domain][0]))
+        over = overall(ratios[DELIVERED][domain], ratios[best][domain], len(set(found.groups)))
+        said = "cannot be told"
+        if over.high <= goal.tolerance:
+            said = "kept"
+        elif over.low > goal.tolerance:
+            said = "crossed"
         notes.append(
-            f"{candidates} sets of coefficients were tried on {validation_items} λ-validation items; none of them is "
-            "in the sealed test."
+            f"The limit on {domain!r}, at most {goal.tolerance:g} above the best single adapter: {said} "
+            f"({over} above {_called(best)})."
         )
-    if groups < FEW:
-        notes.append(
-            f"The smallest domain has {groups} independent sealed-test groups: differences of a few per cent cannot be "
-            f"seen with fewer than about {FEW}."
-        )
-    if comparisons > 2:
-        notes.append(f"Intervals are 95 % each; among {comparisons} comparisons one may exclude zero by chance.")
     return notes
+
+
+def _front_note(ratios: Mapping[str, Mapping[str, NDArray[Any]]]) -> list[str]:
+    if len(ratios[DELIVERED]) < 2:
+        return []
+    points = [{domain: float(draws[0]) for domain, draws in found.items()} for found in ratios.values()]
+    front = [name for name, kept in zip(ratios, undominated(points), strict=True) if kept]
+    return [f"By their estimates, no model is at least as good in every domain as {_listed(front)}."]
+
+
+def _search_note(candidates: int, validation_items: int) -> list[str]:
+    if not candidates:
+        return []
+    return [
+        f"{candidates} sets of coefficients were tried on {validation_items} λ-validation items; none of them is "
+        "in the sealed test."
+    ]
+
+
+def _power_notes(
+    against: Mapping[str, Interval], same: Sequence[str], draws: Mapping[str, NDArray[Any]], groups: int
+) -> list[str]:
+    """What this test could have seen, and how large one would have to be to see what it could not tell."""
+    if groups < 2:
+        return ["The smallest domain has one independent sealed-test group: no difference whatever can be seen."]
+    rivals = [name for name in against if name != "base" and name not in same]
+    asked = ["base", *([min(rivals, key=lambda name: float(draws[name][0]))] if rivals else [])]
+    seen = [(name, against[name]) for name in asked if against[name].detectable]
+    notes = []
+    if seen:
+        sizes = " and ".join(f"{interval.detectable:.1%} against {_called(name)}" for name, interval in seen)
+        notes.append(
+            f"With {groups} independent groups in the smallest domain, this test finds a true difference (as a share "
+            f"of the base's loss) of {sizes} in four cases of five, and misses smaller ones more often."
+        )
+    for name, interval in seen:
+        if interval.excludes(0.0) or not interval.estimate:
+            continue
+        needed = groups * ((interval.detectable or 0.0) / interval.estimate) ** 2
+        size = f"about {needed:,.0f}" if needed < 1e5 else "more than 100,000"
+        notes.append(
+            f"Too small for a claim against {_called(name)}: a difference as small as the one seen "
+            f"({abs(interval.estimate):.2%}) takes {size} groups a domain to be found in four cases of five."
+        )
+    if len(against) > 2:
+        notes.append(f"Intervals are 95 % each; among {len(against)} comparisons one may exclude zero by chance.")
+    return notes
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _called(model: str) -> str:
@@ -229,6 +325,8 @@ def _called(model: str) -> str:
         "stack": "the last stage with its context (stack)",
         "uniform": "equal weights (uniform)",
         "mixed": "one adapter trained on the mixed data",
+        "base": "the base",
+        UNREFIT: "the same weights before the refit",
     }.get(model, f"{model!r} alone")
 
 
