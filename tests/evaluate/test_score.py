@@ -232,3 +232,36 @@ def test_the_loss_of_answers_is_per_token_over_the_bases() -> None:
 def test_scores_survive_json(tiny_model: Any, tiny_tokenizer: Any) -> None:
     found = score(tiny_model, domains(tiny_tokenizer)["choices"], PAD)
     assert Scores.from_dict(json.loads(json.dumps(asdict(found)))) == found
+
+
+def test_of_a_conversation_the_turns_count_that_training_supervises(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    """Counted by hand: the tokenizer makes a token of every byte, and of each of its special tokens."""
+    turns = (("system", "S"), ("user", "hi"), ("assistant", "yes"), ("user", "more?"), ("assistant", "no, 发"))
+    item = Example(tuple(Message(role, text) for role, text in turns), group="g", origin="f:1")
+    ids: list[int] = []
+    spans: list[list[int]] = []  # of each answer with the token that ends it
+    for role, text in turns:
+        ids += [1, *bytes_of(tiny_tokenizer, f"{role}\n")]
+        answer = [*bytes_of(tiny_tokenizer, text), 2]
+        if role == "assistant":
+            spans.append([*range(len(ids), len(ids) + len(answer))])
+        ids += [*answer, *bytes_of(tiny_tokenizer, "\n")]
+    assert [len(span) for span in spans] == [3 + 1, 4 + 3 + 1]
+    logprobs = tiny_model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    for supervise, counted in (("assistant", spans), ("last", spans[1:])):
+        renderer = Renderer(tiny_tokenizer, 128, supervise)  # type: ignore[arg-type]
+        domain = make_domain("d", "sft", [item], renderer)
+        found = score(tiny_model, domain, PAD)
+        expected = -sum(float(logprobs[place - 1, ids[place]]) for span in counted for place in span)
+        assert found.gold_tokens.tolist() == [sum(map(len, counted))]
+        assert found.nll.tolist() == pytest.approx([expected], rel=1e-5)
+        assert domain.items == (renderer.sft(item),), "what a stage trains on"
+        # Where answers are compared, everything before them is shared: the last turn alone can tell them apart.
+        pair = make_domain("d", "dpo", [replace(item, rejected="nope")], renderer)
+        assert score(tiny_model, pair, PAD).tokens == ((4 + 3 + 1, 4 + 1),)
+
+
+def bytes_of(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) == len(text.encode())
+    return ids

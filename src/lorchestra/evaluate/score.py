@@ -55,6 +55,9 @@ class Domain:
 def make_domain(name: str, kind: Kind, examples: Sequence[Example], renderer: Renderer, choices: bool = True) -> Domain:
     """Render held-out examples for scoring.
 
+    Of an answer the tokens count that a stage would train on: in a conversation every assistant turn, or with the
+    renderer's ``supervise="last"`` the last. Choices and pairs differ in their last turn alone, and only it counts.
+
     Args:
         name: of the domain.
         kind: see :class:`Domain`.
@@ -99,7 +102,7 @@ class Scores:
 
     @property
     def nll(self) -> Array:
-        """``[n]`` −Σ log p of the gold answer, nats."""
+        """``[n]`` −Σ log p of the gold answer's tokens (see :func:`make_domain`), nats."""
         return np.array([-sums[g] for sums, g in zip(self.sums, self.gold, strict=True)])
 
     @property
