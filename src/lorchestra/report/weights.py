@@ -7,6 +7,7 @@ from typing import Any
 
 from lorchestra.report.drawing import finite, number, spanned
 from lorchestra.report.figures import Candidate, bar, colour_bar, interval_strip, score_span, simplex
+from lorchestra.report.surface import surface
 from lorchestra.report.values import duration, mapping, percent, records, strings
 
 _SHOWN = 20  # candidates in the open; the rest is folded away
@@ -47,6 +48,7 @@ def search_section(search: Mapping[str, Any], hues: Mapping[str, int]) -> dict[s
         "items": number(search["validation_items"]) if finite(search.get("validation_items")) else "",
         "members": [(name, hues.get(name, 0)) for name in members],
         "facets": facets,
+        "surface": surface(members, points),
         "elsewhere": len(points) - placed if facets else 0,
         "key": colour_bar(*score_span([p for p in points if p.on_simplex])) if facets else "",
         "rows": rows[:_SHOWN],
