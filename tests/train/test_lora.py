@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from lorchestra.errors import UserError
 from lorchestra.train.context import final_weights, weight_at
-from lorchestra.train.inspect import inspect_factors, inspect_model
 from lorchestra.train.lora import expected_std, initial_A, new_member, target_paths
 from lorchestra.train.peft_model import LoraConfig, get_peft_model
 from lorchestra.train.schedule import BatchPlan
@@ -178,36 +177,3 @@ class TestArticle:
     def test_unknown_init_method(self):
         with pytest.raises(UserError, match="rescaled"):
             article_config(init_method="rescald")
-
-
-class TestInspect:
-    def test_live_model_at_its_initialisation(self, tiny_model):
-        view = inspect_model(get_peft_model(tiny_model, article_config(use_rslora=True)))
-        assert {m.path.rsplit(".", 1)[1] for m in view.modules} == {"q_proj", "v_proj"}
-        for module in view.modules:
-            assert module.initial
-            assert module.scale == pytest.approx(16 / math.sqrt(8))
-            assert module.expected_std == pytest.approx(0.02 / math.sqrt(8))
-        assert any("initialisation" in remark for remark in view.remarks)
-
-    def test_flags_a_foreign_initialisation_but_not_a_trained_adapter(self, tiny_model):
-        member = new_member(tiny_model, LoraSettings(rank=8, alpha=8, scaling="lora"), seed=0)
-        updates = {path: (update, 1.0) for path, update in member.folded().items()}
-        assert all("not the rescaled" in m.flags[0] for m in inspect_factors(updates).modules)
-        with torch.no_grad():
-            for B in member.B:
-                B.normal_()
-        trained = inspect_factors({path: (update, 1.0) for path, update in member.folded().items()})
-        assert all(m.flags == () for m in trained.modules)
-        assert trained.modules[0].norm == pytest.approx(
-            float(member.folded()[member.paths[0]].dense().norm()), rel=1e-5
-        )
-
-    def test_flags_an_inherited_alpha(self, tiny_model):
-        member = new_member(tiny_model, LoraSettings(rank=8, alpha=32), seed=0)
-        view = inspect_factors({path: (update, 32 / math.sqrt(8)) for path, update in member.folded().items()})
-        assert any("inherited" in flag for flag in view.modules[0].flags)
-
-    def test_no_lora(self, tiny_model):
-        with pytest.raises(ValueError, match="no LoRA layers"):
-            inspect_model(tiny_model)

@@ -12,9 +12,9 @@ import torch
 from transformers import Conv1D
 
 from lorchestra.adapter.adapter import Adapter
+from lorchestra.adapter.inspect import inspect_model
 from lorchestra.bank import Bank
 from lorchestra.errors import UserError
-from lorchestra.train.inspect import inspect_model
 from lorchestra.train.peft_model import LoraConfig, get_peft_model
 
 SIGMA, RANK = 0.02, 8

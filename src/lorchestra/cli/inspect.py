@@ -33,7 +33,7 @@ def inspect(
     from lorchestra.adapter.peft_format import effective_scales
     from lorchestra.base.locate import locate
     from lorchestra.cli.progress import make_reporter
-    from lorchestra.train.inspect import inspect_factors
+    from lorchestra.adapter.inspect import inspect_factors
 
     directory = locate(adapter, relative_to=Path.cwd(), reporter=make_reporter())
     loaded = Adapter.load(directory)

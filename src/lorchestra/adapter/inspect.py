@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lorchestra.adapter.lowrank import LowRank
+from lorchestra.errors import AdapterError
 
 # Adam moves every entry of A by about the learning rate a step, so a std within 10 % of σ/√r at the start is the
 # sampling error of at least 50 entries, not a choice.
@@ -91,7 +92,7 @@ def inspect_model(model: nn.Module, adapter_name: str = "default", sigma: float 
     """Look at the live LoRA layers of a PEFT model (any with ``lora_A``, ``lora_B`` and ``scaling`` by name).
 
     Raises:
-        ValueError: the model has no such layers.
+        AdapterError: the model has no such layers.
     """
     updates: dict[str, tuple[LowRank, float]] = {}
     for path, module in model.named_modules():
@@ -103,5 +104,8 @@ def inspect_model(model: nn.Module, adapter_name: str = "default", sigma: float 
             scale = float(scaling[adapter_name])
             updates[path.removeprefix("base_model.model.")] = (LowRank(B * scale, A), scale)
     if not updates:
-        raise ValueError(f"the model has no LoRA layers named {adapter_name!r}")
+        raise AdapterError(
+            f"{type(model).__name__} has no LoRA layers named {adapter_name!r}; give the model that get_peft_model "
+            "returned, and the name of its adapter"
+        )
     return inspect_factors(updates, sigma)
