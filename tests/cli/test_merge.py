@@ -11,7 +11,9 @@ from tests.cli.conftest import dense_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorchestra.adapter.adapter import Adapter
-from lorchestra.adapter.lineage import Parent
+from lorchestra.adapter.lineage import Lineage, Parent
+from lorchestra.adapter.lowrank import LowRank
+from lorchestra.base.fingerprint import fingerprint
 
 IDS = torch.tensor([[1, 40, 41, 42, 90, 2], [1, 7, 8, 9, 10, 11]])
 WEIGHTS = {"a": 0.3, "b": 0.5, "c": -0.2}
@@ -67,7 +69,7 @@ def test_bfloat16_is_rounded_once_and_says_what_it_lost(lorchestra, tiny_dir, th
     summary = json.loads(told.out)
     merged = AutoModelForCausalLM.from_pretrained("merged", dtype="auto").requires_grad_(False)
     base = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32).requires_grad_(False)
-    lost, whole = 0.0, 0.0
+    lost = whole = same = entries = 0
     members = [Adapter.load(name) for name in ("a", "b")]
     for path in members[0].modules:
         before = base.get_submodule(path).weight
@@ -75,9 +77,47 @@ def test_bfloat16_is_rounded_once_and_says_what_it_lost(lorchestra, tiny_dir, th
         found = merged.get_submodule(path).weight
         assert found.dtype == torch.bfloat16
         torch.testing.assert_close(found, (before.double() + update).float().bfloat16())
-        lost += (found.double() - before.double() - update).square().sum()
+        arrived = found.double() - before.bfloat16().double()
+        lost += torch.minimum((arrived - update).abs(), update.abs()).square().sum()
         whole += update.square().sum()
+        same, entries = same + int((arrived == 0).sum()), entries + arrived.numel()
     assert summary["rounding_lost"] == pytest.approx(float((lost / whole).sqrt()), rel=1e-3)
+    assert summary["entries_lost"] == pytest.approx(same / entries, abs=1e-9)
+    assert 0 < summary["base_rounding"] < 0.01
+    assert summary["worst"]["rounding_lost"] >= summary["rounding_lost"]
+
+
+def test_without_room_for_a_model_the_check_is_left_out_and_that_is_said(lorchestra, tiny_dir, three, monkeypatch):
+    from lorchestra.cli import merge
+
+    monkeypatch.setattr(merge, "PARITY_BYTES", 1 << 40)
+    told = lorchestra("merge", tiny_dir, "a", "-o", "merged", "--json")
+    assert told.code == 0
+    assert "not compared with base + adapters" in told.err
+    assert json.loads(told.out)["parity"] is None
+    asked = lorchestra("merge", tiny_dir, "a", "-o", "asked", "--json", "--parity")
+    assert json.loads(asked.out)["parity"] < 1e-4
+    told = lorchestra("merge", tiny_dir, "a", "-o", "silent", "--no-parity")
+    assert "not compared" not in told.err
+    assert "parity" not in told.out
+
+
+def test_a_quantised_base_is_dequantised_only_if_asked(lorchestra, make_adapter, tmp_path):
+    """Adapters that name the quantised base still belong to it."""
+    from tests.base.test_dequantise import as_fp8
+
+    meant = as_fp8(tmp_path / "base")
+    path = "model.layers.0.self_attn.q_proj"
+    noise = torch.Generator().manual_seed(0)
+    factors = LowRank(torch.randn(64, 2, generator=noise), torch.randn(2, 64, generator=noise) * 0.01)
+    Adapter({path: factors}, fingerprint(tmp_path / "base"), Lineage(name="a")).save(tmp_path / "a")
+    lorchestra("merge", "base", "a", "-o", "out").refused("is quantised (fp8)", "--dequantise")
+    told = lorchestra("merge", "base", "a", "-o", "out", "--dequantise", "--json")
+    assert told.code == 0, told.err
+    assert json.loads(told.out)["dtype"] == "float32"
+    found = AutoModelForCausalLM.from_pretrained("out", dtype=torch.float64).get_submodule(path).weight
+    expected = meant[f"{path}.weight"] + factors.dense(torch.float64)
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_member_away_from_its_context_is_warned_of(lorchestra, tiny_dir, make_adapter, tmp_path):

@@ -157,7 +157,8 @@ def test_ctrl_c_says_what_is_kept(place, stops_after):
 def test_what_the_check_finds_undoes_the_merge(place):
     adapter = make_base(place / "base")
 
-    def check(directory):
+    def check(directory, report):
+        assert report.modules == 2 * FILES
         assert shards(directory) == shards(place / "base")
         raise StorageError("not right")
 

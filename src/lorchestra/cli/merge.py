@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import shlex
-import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import psutil
 import typer
 
 from lorchestra.cli.options import Device, Json, Weighted, number, weighted
@@ -17,17 +18,49 @@ from lorchestra.errors import TrainingError, UserError
 
 if TYPE_CHECKING:
     from lorchestra.adapter.adapter import Adapter
+    from lorchestra.adapter.lineage import BaseId
     from lorchestra.events import Reporter
+    from lorchestra.fusion.stream import MergeReport
 
 # The parity law is checked on these, in both of the world's most written languages.
 PROBES = ("What should a patient with a fever do first?", "患者发热三天,伴咳嗽,下一步如何处理?", "1 + 1 =")
-# Where rounding moves the weights by more than this share of the update, float32 output is worth its size.
+# Where rounding loses more than this share of the update, float32 output is worth its size.
 MUCH_LOST = 0.1
+# The parity check holds one float32 model at a time, and something beside it.
+PARITY_BYTES = 5  # a parameter
 # A sum below this share of its largest member is rounding error.
 NOTHING = 1e-6
 
 DtypeOut = Annotated[str, typer.Option("--dtype", help="Of the output: auto (the base's), float32, bfloat16, float16.")]
 Out = Annotated[Path, typer.Option("--output_dir", "-o", metavar="DIR", help="A new directory for the merged model.")]
+Untie = Annotated[
+    bool,
+    typer.Option("--untie", help="Give the output embedding a weight of its own if an adapter changes a shared one."),
+]
+Dequantise = Annotated[
+    bool, typer.Option("--dequantise", help="Turn a quantised base (fp8, bitsandbytes, compressed-tensors) back first.")
+]
+Parity = Annotated[
+    bool | None,
+    typer.Option(
+        "--parity/--no-parity",
+        help="Compare the result's answers with base + adapters. By default if a float32 model fits into memory.",
+        show_default=False,
+    ),
+]
+Sync = Annotated[bool, typer.Option("--sync", help="Flush all to the disk before it gets its name (power failures).")]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a merge is to be made."""
+
+    dtype: str
+    device: str
+    untie: bool
+    dequantise: bool
+    parity: bool | None
+    sync: bool
 
 
 def merge_lora(
@@ -36,6 +69,10 @@ def merge_lora(
     output_dir: Out,
     weights: Annotated[str, typer.Option("--weights", metavar="X,Y,…", help="One weight for each adapter.")] = "",
     dtype: DtypeOut = "auto",
+    untie: Untie = False,
+    dequantise: Dequantise = False,
+    parity: Parity = None,
+    sync: Sync = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -60,7 +97,7 @@ def merge_lora(
         number(text, f"--weights {weights}: write numbers with commas, as in 0.3,0.5,0.2") for text in numbers
     ] or [1.0]
     members = [Weighted(source, value) for source, value in zip(sources, values, strict=True)]
-    _merge(base_model, members, output_dir, dtype, device, as_json)
+    _merge(base_model, members, output_dir, Asked(dtype, device, untie, dequantise, parity, sync), as_json)
 
 
 def merge(
@@ -68,6 +105,10 @@ def merge(
     adapter: Annotated[list[str], typer.Argument(metavar="ADAPTER[=WEIGHT]…", help="Adapters and weights (1).")],
     output_dir: Out,
     dtype: DtypeOut = "auto",
+    untie: Untie = False,
+    dequantise: Dequantise = False,
+    parity: Parity = None,
+    sync: Sync = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -77,23 +118,25 @@ def merge(
 
     `lorchestra merge my-base general=0.3 clinic=0.5 preference=0.2 -o merged --dtype bfloat16`
     """
-    _merge(base, [weighted(text) for text in adapter], output_dir, dtype, device, as_json)
+    asked = Asked(dtype, device, untie, dequantise, parity, sync)
+    _merge(base, [weighted(text) for text in adapter], output_dir, asked, as_json)
 
 
-def _merge(base: str, members: list[Weighted], out: Path, dtype: str, device: str, as_json: bool) -> None:
+def _merge(base: str, members: list[Weighted], out: Path, asked: Asked, as_json: bool) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; choose a new directory for the merged model")
     from lorchestra.adapter.belonging import check_base
+    from lorchestra.base.dequantise import dequantised
     from lorchestra.base.fingerprint import fingerprint
     from lorchestra.base.load import choose_device, source_name
     from lorchestra.cli.models import base_directory, load_adapters, remarks
     from lorchestra.cli.progress import make_reporter
+    from lorchestra.fusion.assign import DTYPES
     from lorchestra.fusion.methods import linear
-    from lorchestra.fusion.stream import DTYPES
 
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype!r} is unknown; there are auto, {', '.join(DTYPES)}")
-    choose_device(device)
+    if asked.dtype != "auto" and asked.dtype not in DTYPES:
+        raise UserError(f"--dtype {asked.dtype!r} is unknown; there are auto, {', '.join(DTYPES)}")
+    choose_device(asked.device)
     reporter = make_reporter()
     adapters, weights = load_adapters(members, reporter)
     fused = linear(adapters, weights, name=out.name)
@@ -105,12 +148,14 @@ def _merge(base: str, members: list[Weighted], out: Path, dtype: str, device: st
     check_base(adapters, identity)
     for line in remarks(adapters, weights, identity):
         reporter.say(line)
+    if asked.dequantise:
+        directory = dequantised(directory, reporter)
     told = {
         "output_dir": str(out),
         "base": identity.name,
         "weights": weights,
         "digest": fused.digest,
-        **merged(directory, adapters, weights, fused, out, dtype, device, reporter),
+        **merged(directory, identity, adapters, weights, fused, out, asked, reporter),
     }
     if as_json:
         typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
@@ -121,18 +166,19 @@ def _merge(base: str, members: list[Weighted], out: Path, dtype: str, device: st
 
 def merged(
     base: Path,
+    identity: BaseId,
     adapters: Mapping[str, Adapter],
     weights: Mapping[str, float],
     fused: Adapter,
     out: Path,
-    dtype: str,
-    device: str,
+    asked: Asked,
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Write base + ``fused`` and check it against base + ``adapters`` at ``weights``; nothing is at ``out`` before.
 
     Returns:
-        The merge's figures, and ``parity``: the share of the adapters' effect on the logits that it disturbs.
+        The merge's figures, and ``parity``: the share of the adapters' effect on the logits that it disturbs, ``None``
+        if that was not measured.
 
     Raises:
         TrainingError: a float32 merge does not answer as base + adapters do; it is not kept.
@@ -145,38 +191,69 @@ def merged(
     from lorchestra.fusion.stream import merge as stream
     from lorchestra.pipeline.cache import storage
 
-    unchecked = out.with_name(f".{out.name}.unchecked")
+    ratio: float | None = None
+
+    def check(unnamed: Path, report: MergeReport) -> None:
+        nonlocal ratio
+        tokenizer = AutoTokenizer.from_pretrained(unnamed, trust_remote_code=False)
+        with reporter.task("check the merged model", len(PROBES), "prompt") as task:
+            prompts = [tokenizer(text)["input_ids"] for text in PROBES]
+            found = merged_parity(base, unnamed, adapters, weights, prompts, asked.device)
+            task.advance(len(PROBES))
+        ratio = found.ratio
+        if report.dtype == "float32" and not found.holds:
+            raise TrainingError(
+                f"the merged model does not answer as base + adapters do: {found.ratio:.1%} of the adapters' "
+                f"effect on the logits differs ({LIMIT:.0%} is allowed). It is not kept"
+            )
+
+    checks = asked.parity if asked.parity is not None else _fits(base, reporter)
     with storage(out):
-        shutil.rmtree(unchecked, ignore_errors=True)
-        try:
-            report = stream(base, fused, unchecked, dtype=dtype, reporter=reporter)
-            tokenizer = AutoTokenizer.from_pretrained(unchecked)
-            with reporter.task("check the merged model", len(PROBES), "prompt") as task:
-                prompts = [tokenizer(text)["input_ids"] for text in PROBES]
-                found = merged_parity(base, unchecked, adapters, weights, prompts, device)
-                task.advance(len(PROBES))
-            if report.dtype == "float32" and not found.holds:
-                raise TrainingError(
-                    f"the merged model does not answer as base + adapters do: {found.ratio:.1%} of the adapters' "
-                    f"effect on the logits differs ({LIMIT:.0%} is allowed). It is not kept"
-                )
-            if out.exists():
-                out.rmdir()
-            os.replace(unchecked, out)
-        finally:
-            shutil.rmtree(unchecked, ignore_errors=True)
-    return {**report.as_dict(), "parity": found.ratio}
+        report = stream(
+            base,
+            fused,
+            out,
+            dtype=asked.dtype,
+            untie=asked.untie,
+            identity=identity,
+            check=check if checks else lambda unnamed, report: None,
+            durable=asked.sync,
+            reporter=reporter,
+        )
+    return {**report.as_dict(), "parity": ratio}
+
+
+def _fits(base: Path, reporter: Reporter) -> bool:
+    """Whether the models that the parity check loads have room; if not, it is said that there will be none."""
+    from lorchestra.base.safetensors_file import entries, weight_files
+
+    needed = PARITY_BYTES * sum(math.prod(entry.shape) for file in weight_files(base) for entry in entries(file))
+    free = psutil.virtual_memory().available
+    if needed > free:
+        reporter.say(
+            f"note: the merged model's answers are not compared with base + adapters: that takes {needed / 1e9:.1f} GB "
+            f"of memory, {free / 1e9:.1f} GB are free (--parity does it all the same)"
+        )
+    return bool(needed <= free)
 
 
 def _lines(told: Mapping[str, Any]) -> list[str]:
     mixture = " + ".join(f"{weight:g}·{name}" for name, weight in told["weights"].items())
+    worst = told["worst"]
     out = [
         f"{told['output_dir']}: {told['base']} + {mixture}, in {told['dtype']}",
-        f"‖ΔW‖/‖W‖ {told['update_ratio']:.3%} over {told['modules']} modules; rounding to {told['dtype']} moves them "
-        f"by {told['rounding_lost']:.2%} of ‖ΔW‖",
-        f"parity: {told['parity']:.2%} of the adapters' effect on the logits differs (5 % allowed in float32)",
+        f"‖ΔW‖/‖W‖ {told['update_ratio']:.3%} over {told['modules']} modules",
+        f"rounding to {told['dtype']} lost {told['rounding_lost']:.2%} of ‖ΔW‖; {told['entries_lost']:.1%} of the "
+        f"entries show no trace of the update (most in {worst['module']}: {worst['rounding_lost']:.2%} and "
+        f"{worst['entries_lost']:.1%})",
     ]
+    if told["base_rounding"]:
+        out.append(f"the base itself, without adapters, is rounded by {told['base_rounding']:.3%} of ‖W‖")
+    if told["parity"] is not None:
+        out.append(
+            f"parity: {told['parity']:.2%} of the adapters' effect on the logits differs (5 % allowed in float32)"
+        )
     if told["rounding_lost"] > MUCH_LOST and told["dtype"] != "float32":
-        out.append("Rounding is large beside the update: --dtype float32 keeps all of it")
+        out.append("warning: rounding lost much of the update: --dtype float32 keeps all of it")
     out.append(f"Next: {shlex.join(['lorchestra', 'chat', told['output_dir']])}")
     return out

@@ -89,7 +89,7 @@ def merge(
     untie: bool = False,
     identity: BaseId | None = None,
     tokenizer_from: Path | None = None,
-    check: Callable[[Path], None] = lambda directory: None,
+    check: Callable[[Path, MergeReport], None] = lambda directory, report: None,
     durable: bool = False,
     reporter: Reporter = SILENT,
 ) -> MergeReport:
@@ -103,7 +103,8 @@ def merge(
         untie: where input and output embedding share a weight and the adapter changes one of them, write two.
         identity: which base this is; by default computed where the adapter names its own.
         tokenizer_from: where tokenizer and chat template come from, if not from the base.
-        check: looks at the finished directory before it gets its name; a LorchestraError from it undoes the merge.
+        check: looks at the finished directory, and what will be reported of it, before it gets its name; a
+            LorchestraError from it undoes the merge.
         durable: flush everything to the disk before the name is given, so that it outlives a power failure too.
         reporter: progress.
 
@@ -128,6 +129,7 @@ def merge(
     task = {
         "format": FORMAT,
         "adapter": adapter.digest,
+        "transposed": sorted(adapter.transposed),
         "base": asdict(identity or adapter.base),
         "files": [[s.source.name, s.source.stat().st_size, s.source.stat().st_mtime_ns] for s in shards],
         "dtype": dtype,
@@ -153,13 +155,14 @@ def merge(
                 "there"
             ) from stopped
         _write_rest(partial, base, config, shards, journal, adapter, dtype, companions)
+        report = _report(shards, journal, resumed, time.perf_counter() - started)
         try:
-            check(partial)
+            check(partial, report)
         except LorchestraError:
             journal.close()
             raise
         journal.close()
-    return _report(shards, journal, resumed, time.perf_counter() - started)
+    return replace(report, seconds=time.perf_counter() - started)
 
 
 @contextmanager
