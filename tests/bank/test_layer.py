@@ -9,7 +9,7 @@ from tests.conftest import make_tiny_model
 
 from lorchestra.bank import Bank, TrainableMember
 from lorchestra.data.render import Branch, Rendered
-from lorchestra.errors import TrainingError
+from lorchestra.errors import AdapterError, TrainingError
 from lorchestra.events import Silent
 from lorchestra.train.settings import ContextMember, LoraSettings, Objective, TrainSettings
 from lorchestra.train.stage import StageInputs, train_stage
@@ -106,3 +106,15 @@ def test_a_stage_whose_stack_was_changed_is_not_kept(tmp_path, part, fading):
     with pytest.raises(TrainingError, match="changed its frozen context"):
         train_stage(model, random_adapter(model, 1, 0).base, 3, inputs, tmp_path / "bad", reporter=Meddler(model, part))
     assert train_stage(model, random_adapter(model, 1, 0).base, 3, inputs, tmp_path / "good").steps == 4
+
+
+def test_one_row_of_coefficients_is_for_a_batch_of_one():
+    """It is not meant for all: in a server, a request's adapter would answer its neighbours."""
+    bank = mounted(make_tiny_model(), "a")
+    with bank.using_rows([{"a": 1.0}]):
+        alone = logits(bank.model, IDS[:1])
+        with pytest.raises(AdapterError, match="coefficients for 1 rows, but the input is"):
+            logits(bank.model, IDS)
+    with bank.using({"a": 1.0}):
+        torch.testing.assert_close(logits(bank.model, IDS[:1]), alone)
+        assert logits(bank.model, IDS).shape[0] == len(IDS), "shared coefficients are for any batch"

@@ -22,15 +22,12 @@ class Selection:
     Args:
         members: K names, in the order of the columns of ``coefficients``.
         coefficients: ``[1, K]`` (the same for all rows) or ``[b, K]`` float32; may require gradients.
+        per_row: whether every row has coefficients of its own; a batch of one row may have.
     """
 
     members: tuple[str, ...]
     coefficients: Tensor
-
-    @property
-    def per_row(self) -> bool:
-        """Whether every row has coefficients of its own."""
-        return self.coefficients.shape[0] > 1
+    per_row: bool
 
 
 class Switch:

@@ -158,7 +158,7 @@ class Bank:
         Raises:
             AdapterError: a name is not mounted.
         """
-        yield from self._using([weights])
+        yield from self._using([weights], per_row=False)
 
     @contextmanager
     def using_rows(self, rows: Sequence[Coefficients]) -> Iterator[None]:
@@ -167,16 +167,16 @@ class Bank:
         Raises:
             AdapterError: a name is not mounted, or later the batch has another number of rows.
         """
-        yield from self._using(rows)
+        yield from self._using(rows, per_row=True)
 
-    def _using(self, rows: Sequence[Coefficients]) -> Iterator[None]:
+    def _using(self, rows: Sequence[Coefficients], per_row: bool) -> Iterator[None]:
         self._known([name for row in rows for name in row])
         acting = {name for row in rows for name, c in row.items() if isinstance(c, Tensor) or c != 0.0}
         members = tuple(name for name in self.names if name in acting)
         selection = None
         if members:
             device = next(self.model.parameters()).device
-            selection = Selection(members, _matrix(rows, members, device))
+            selection = Selection(members, _matrix(rows, members, device), per_row)
         before, self._switch.selection = self._switch.selection, selection
         try:
             yield
