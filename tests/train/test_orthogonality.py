@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorchestra.bank import TrainableMember
-from lorchestra.train.orthogonality import penalty, project_gradients, row_bases
+from lorchestra.errors import UserError
+from lorchestra.train.orthogonality import leave_context, penalty, project_gradients, row_bases
 
 sizes = st.tuples(st.integers(1, 5), st.integers(5, 12), st.integers(5, 12), st.integers(0, 2**31))
 
@@ -173,3 +174,22 @@ class TestRowBases:
         B, A = factors(3, 9, 11, 0)
         bases = row_bases({"module0": [torch.zeros(2, 11)]})
         assert value(penalty(member((B, A)), bases)) == value(penalty(member((B, A)), {}))
+
+
+@given(sizes)
+def test_what_is_left_of_a_stands_apart_from_the_context(size):
+    r, m, n, seed = size
+    context = row_bases({"module0": [factors(2, m, n, seed + 1)[1], factors(1, m, n, seed + 2)[1]]})
+    B, A = factors(r, m, n, seed)
+    new = member((B, A))
+    leave_context(new, context)
+    Q = context["module0"].double().numpy()
+    expected = A.double().numpy() @ (np.eye(n) - Q.T @ Q)
+    np.testing.assert_allclose(new.A[0].detach().double().numpy(), expected, atol=1e-5)
+
+
+def test_a_context_that_spans_everything_leaves_nothing_to_learn():
+    """A would be zero, and with B zero too both gradients are: the stage would train nothing without a word."""
+    new = member(factors(2, 6, 8, 0))
+    with pytest.raises(UserError, match=r"at module0 the context's adapters span all 8 inputs.*lower rank"):
+        leave_context(new, row_bases({"module0": [factors(5, 6, 8, 1)[1], factors(3, 6, 8, 2)[1]]}))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorchestra.bank import TrainableMember
+from lorchestra.errors import UserError
 
 
 def penalty(member: TrainableMember, context: Mapping[str, Tensor]) -> Tensor:
@@ -53,10 +54,21 @@ def project_gradients(member: TrainableMember, context: Mapping[str, Tensor]) ->
 
 @torch.no_grad()
 def leave_context(member: TrainableMember, context: Mapping[str, Tensor]) -> None:
-    """Remove from A what lies in the context's row space, in place: where a projection of gradients starts from."""
+    """Remove from A what lies in the context's row space, in place: where a projection of gradients starts from.
+
+    Raises:
+        UserError: nothing is left: the context's rows span all inputs, and the adapter could learn nothing there.
+    """
     for path, A in zip(member.paths, member.A, strict=True):
         if path in context:
+            before = A.norm()
             A.sub_((A @ context[path].T) @ context[path])
+            if A.norm() <= 1e-5 * before:
+                raise UserError(
+                    f"orthogonality.against_context: at {path} the context's adapters span all {A.shape[1]} inputs, so "
+                    "no direction is left for a new one. Take adapters out of the context, train them at a lower rank, "
+                    "or set orthogonality.mode to penalty"
+                )
 
 
 def row_bases(context: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
