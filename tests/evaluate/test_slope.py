@@ -12,7 +12,6 @@ from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.lowrank import LowRank
 from lorchestra.bank import Bank
 from lorchestra.data.render import Branch, Rendered
-from lorchestra.evaluate.mixtures import score_mixtures
 from lorchestra.evaluate.score import Domain, score
 from lorchestra.evaluate.slope import slope
 
@@ -149,20 +148,3 @@ class TestSlope:
         for layer in bank.layers().values():
             assert all(not u.A.requires_grad and not u.B.requires_grad for u in layer.frozen.values())
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
-class TestMixtures:
-    @pytest.mark.parametrize("positions", [24, 4096])
-    def test_together_equals_one_after_the_other(self, model, adapters, domains, positions):
-        bank = mounted(model, adapters)
-        mixtures = [WEIGHTS, {}, {"a": 1.0, "b": 1.0, "c": 1.0}, {"c": -0.5}]
-        for domain in domains.values():
-            together = score_mixtures(bank, domain, mixtures, 3, positions)
-            assert len(together) == len(mixtures)
-            for mixture, found in zip(mixtures, together, strict=True):
-                with bank.using(mixture):
-                    alone = score(model, domain, 3)
-                assert (found.tokens, found.gold, found.groups) == (alone.tokens, alone.gold, alone.groups)
-                for ours, theirs in zip(found.sums, alone.sums, strict=True):
-                    assert ours == pytest.approx(theirs, rel=1e-4)
-            assert together[0].sums[0] != pytest.approx(together[1].sums[0], rel=1e-3), "the mixtures must differ"
