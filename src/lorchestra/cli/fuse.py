@@ -116,7 +116,7 @@ def fuse(
         reporter.say(line)
     fused = apply(
         method, adapters, weights, rules=rules, bounds=bounds, density=density, seed=seed,
-        dtype=getattr(torch, compute_dtype), name=output_dir.resolve().name,
+        dtype=getattr(torch, compute_dtype), name=output_dir.resolve().name, reporter=reporter,
     )  # fmt: skip
     fused.adapter.save(output_dir, dtype=getattr(torch, dtype))
     stored = type(fused.adapter).load(output_dir)

@@ -11,6 +11,7 @@ import torch
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.lineage import Parent
 from lorchestra.errors import UserError
+from lorchestra.events import SILENT, Reporter
 from lorchestra.fusion.bounds import Bounds
 from lorchestra.fusion.groups import Rule, by_rules
 from lorchestra.fusion.methods.low_rank import Fused, check_density, compressed
@@ -28,6 +29,7 @@ def apply(
     seed: int | None = None,
     dtype: torch.dtype = torch.float32,
     name: str = "fused",
+    reporter: Reporter = SILENT,
 ) -> Fused:
     """Fuse ``members`` by a method of :data:`lorchestra.fusion.methods.table.METHODS`.
 
@@ -41,6 +43,7 @@ def apply(
         seed: for methods with chance in them.
         dtype: of the arithmetic, float32 or float64.
         name: of the result, for its lineage.
+        reporter: progress, of the methods that take long.
 
     Raises:
         UserError: an unknown method, an option that it does not take or lacks; and as the method itself.
@@ -61,7 +64,7 @@ def apply(
     if row.name == "svd":
         options |= {"rank": bounds.rank, "energy": bounds.energy, "budget": bounds.budget}
     elif row.home == "elementwise":
-        options["rank"] = bounds.rank
+        options |= {"rank": bounds.rank, "reporter": reporter}
     found = row.function(parts, part_weights, **options)
     fused = Fused(found) if isinstance(found, Adapter) else found
     if row.name != "svd" and (bounds.energy or bounds.budget or (bounds.rank and row.home != "elementwise")):

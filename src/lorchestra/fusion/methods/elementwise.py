@@ -17,6 +17,7 @@ from torch import Tensor
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.lowrank import LowRank
 from lorchestra.errors import UserError
+from lorchestra.events import SILENT, Reporter
 from lorchestra.fusion.methods.exact import acting_members, fused_adapter
 from lorchestra.fusion.methods.low_rank import Fused, check_density
 from lorchestra.fusion.methods.randomised import randomised_svd
@@ -34,6 +35,7 @@ def ties(
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
     name: str = "fused",
+    reporter: Reporter = SILENT,
 ) -> Fused:
     """TIES: keep each member's largest entries, elect a sign for every entry, average the values of that sign.
 
@@ -47,11 +49,12 @@ def ties(
         rank: of the result for every module; by default Σrᵢ of the members there.
         dtype: of the arithmetic, float32 or float64.
         name: of the result, for its lineage.
+        reporter: progress.
 
     Raises:
         AdapterError, UserError: as :func:`lorchestra.fusion.methods.linear`; a density outside (0, 1], a rank below 1.
     """
-    return _fused("ties", members, weights, _Settings(density, None, rank, dtype, name), _trim, elected)
+    return _fused("ties", members, weights, _Settings(density, None, rank, dtype, name, reporter), _trim, elected)
 
 
 def magnitude(
@@ -62,12 +65,13 @@ def magnitude(
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
     name: str = "fused",
+    reporter: Reporter = SILENT,
 ) -> Fused:
     """Σ λᵢ·trim(ΔWᵢ): each member's largest entries, summed. Arguments and errors as :func:`ties`.
 
     Magnitude pruning: Han et al. 2015, https://arxiv.org/abs/1506.02626.
     """
-    return _fused("magnitude", members, weights, _Settings(density, None, rank, dtype, name), _trim, _total)
+    return _fused("magnitude", members, weights, _Settings(density, None, rank, dtype, name, reporter), _trim, _total)
 
 
 def dare(
@@ -79,6 +83,7 @@ def dare(
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
     name: str = "fused",
+    reporter: Reporter = SILENT,
 ) -> Fused:
     """DARE: drop entries at random, divide the others by ``density``, sum with λ. Before truncation to ``rank`` the
     result is Σλᵢ·ΔWᵢ on average.
@@ -89,7 +94,7 @@ def dare(
         density: probability that an entry is kept (1 − the paper's drop rate p).
         seed: of the chance, together with the names of member and module.
     """
-    return _fused("dare", members, weights, _Settings(density, seed, rank, dtype, name), _drop, _total)
+    return _fused("dare", members, weights, _Settings(density, seed, rank, dtype, name, reporter), _drop, _total)
 
 
 def dare_ties(
@@ -101,12 +106,13 @@ def dare_ties(
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
     name: str = "fused",
+    reporter: Reporter = SILENT,
 ) -> Fused:
     """DARE's random dropping, then the sign election and mean of TIES. Arguments and errors as :func:`dare`.
 
     Yu et al. 2023, https://arxiv.org/abs/2311.03099.
     """
-    return _fused("dare_ties", members, weights, _Settings(density, seed, rank, dtype, name), _drop, elected)
+    return _fused("dare_ties", members, weights, _Settings(density, seed, rank, dtype, name, reporter), _drop, elected)
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ class _Settings:
     rank: int | None
     dtype: torch.dtype
     name: str
+    reporter: Reporter
 
 
 class _Tiles:
@@ -162,20 +169,35 @@ def _fused(
         raise UserError(f"a rank of at least 1 is needed; got {settings.rank}")
     acting = acting_members(members, weights)
     modules, shares, kept, whole = {}, {}, 0.0, 0.0
-    for path in sorted({path for _, adapter, _ in acting for path in adapter.modules}):
-        here = [(key, adapter.modules[path], weight) for key, adapter, weight in acting if path in adapter.modules]
-        matrix = torch.empty(here[0][1].shape, dtype=settings.dtype)
-        thinned = [thin(_Tiles(update, settings.dtype), settings, key, path) for key, update, _ in here]
-        start = 0
-        for tiles in zip(*thinned, strict=True):
-            rows = combine([weight * tile for tile, (*_, weight) in zip(tiles, here, strict=True)])
-            matrix[start : start + len(rows)] = rows
-            start += len(rows)
-        rank = settings.rank or sum(update.rank for _, update, _ in here)
-        modules[path], part, size = randomised_svd(matrix, rank, f"{settings.seed or 0}\0{path}")
-        kept, whole = kept + part, whole + size
-        shares[path] = part / size if size > 0 else 1.0
+    paths = sorted({path for _, adapter, _ in acting for path in adapter.modules})
+    with settings.reporter.task(task, len(paths), "module") as progress:
+        for path in paths:
+            here = [(key, adapter.modules[path], weight) for key, adapter, weight in acting if path in adapter.modules]
+            rank = settings.rank or sum(update.rank for _, update, _ in here)
+            matrix = _combined(here, settings, path, thin, combine)
+            modules[path], part, size = randomised_svd(matrix, rank, f"{settings.seed or 0}\0{path}")
+            kept, whole = kept + part, whole + size
+            shares[path] = part / size if size > 0 else 1.0
+            progress.advance()
     chance = {} if settings.seed is None else {"seed": settings.seed}
     retained = kept / whole if whole > 0 else 1.0
     told = {"density": settings.density, **chance, "rank": settings.rank, "retained": retained}
     return Fused(fused_adapter(acting, modules, task, settings.name, told), retained, shares)
+
+
+def _combined(
+    here: Sequence[tuple[str, LowRank, float]],
+    settings: _Settings,
+    path: str,
+    thin: Thin,
+    combine: Callable[[Sequence[Tensor]], Tensor],
+) -> Tensor:
+    """What the method makes of one module's members (name, update, λ), ``[m, n]``."""
+    matrix = torch.empty(here[0][1].shape, dtype=settings.dtype)
+    thinned = [thin(_Tiles(update, settings.dtype), settings, key, path) for key, update, _ in here]
+    start = 0
+    for tiles in zip(*thinned, strict=True):
+        rows = combine([weight * tile for tile, (*_, weight) in zip(tiles, here, strict=True)])
+        matrix[start : start + len(rows)] = rows
+        start += len(rows)
+    return matrix
