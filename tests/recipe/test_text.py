@@ -106,3 +106,12 @@ def test_an_overrides_value_is_yaml_or_else_text(text, value):
     document.override(f"key={text}")
     assert document.values == {"key": value}
     assert type(document.values["key"]) is type(value)
+
+
+def test_aliases_of_aliases_do_not_grow_without_end(tmp_path):
+    """Ten lines that would be ten thousand million values."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    (tmp_path / "recipe.yaml").write_text("\n".join(lines))
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: a recipe may hold 20,000 values; this one's aliases"):
+        Document.read(tmp_path / "recipe.yaml")

@@ -11,6 +11,7 @@ from lorchestra.errors import RecipeError
 from lorchestra.recipe.words import Location, Problem, near, shown
 
 SHOWN = 8  # problems in one message
+MOST = 20_000  # values of a recipe: aliases of aliases grow without end
 
 # What the YAML reader says → what it means; {mark} is the character it names.
 _YAML = (
@@ -170,6 +171,8 @@ def _value(text: str, override: str) -> Any:
 
 
 def _plain_values(node: Any, path: Location, name: str, places: dict[Location, str]) -> Any:
+    if len(places) > MOST:
+        raise RecipeError(f"{name}: a recipe may hold {MOST:,} values; this one's aliases (*name) make it larger")
     mark: Any = getattr(node, "lc", None)  # ruamel's line and column of a mapping's keys, a list's items
     if isinstance(node, dict):
         own = mark.data or {}  # keys merged in by << have no line of their own
