@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
+from tests.pipeline.test_prepare import adapter_of
 
 from lorchestra.errors import DataError, StorageError, UserError
 from lorchestra.pipeline.cache import (
@@ -58,7 +59,7 @@ class TestDigest:
         assert a == step_digest("stage", 1, {"alpha": 16.0, "rank": 8}, {"y": "2", "x": "1"})
 
     def test_of_a_stage(self, tiny_dir, tmp_path):
-        """Logging and checkpoint settings are ignored; everything that changes the adapter counts."""
+        """Names, logging and what another setting switches off are ignored; what changes the adapter counts."""
         from lorchestra.pipeline.prepare import prepare
         from lorchestra.pipeline.training import context_of, stage_digest, stage_inputs
         from lorchestra.recipe.recipe import Recipe
@@ -67,10 +68,13 @@ class TestDigest:
         (tmp_path / "a.jsonl").write_text("\n".join(rows))
         (tmp_path / "b.jsonl").write_text("\n".join(row.replace("answer", "reply") for row in rows))
 
-        def digest(dtype="float32", seeds=None, data="a.jsonl", lora=None, **train):
+        def digest(
+            dtype="float32", seeds=None, data="a.jsonl", lora=None, name="one", split=None, defaults=None, **train
+        ):
             values = {
-                "name": "x", "base": str(tiny_dir), "seeds": seeds or {},
-                "stages": [{"name": "one", "data": data, "train": train, "lora": lora or {}}],
+                "name": "x", "base": str(tiny_dir), "seeds": seeds or {}, "split": split or {},
+                "train": defaults or {},
+                "stages": [{"name": name, "data": data, "train": train, "lora": lora or {}}],
                 "fusion": {"weights": "equal"},
             }  # fmt: skip
             prepared = prepare(Recipe.from_dict(values, tmp_path))
@@ -81,12 +85,61 @@ class TestDigest:
         plain = digest()
         assert digest(report_to=["tensorboard"], checkpoint_every=7) == plain
         assert digest(learning_rate=2e-4, batch_size=8) == plain, "the defaults, written out"
+        (tmp_path / "renamed.jsonl").write_text("\n".join(rows))
+        assert digest(name="other", data="renamed.jsonl") == plain, "names"
+        assert digest(lora={"sigma": 0.5}) == plain, "kaiming has no sigma"
+        keep_apart = {"mode": "off", "weight": 3.0, "against_context": True}
+        assert digest(lora={"orthogonality": keep_apart}) == plain
+        assert digest(eval_limit=1000) == plain, "more than there are"
+        assert digest(max_steps=5, defaults={"epochs": 3.0}) == digest(max_steps=5)
+        assert digest(scheduler="constant", warmup_ratio=0.5) == digest(scheduler="constant")
+        some, other = {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": ["v_proj", "q_proj", "v_proj"]}
+        assert digest(lora=some) == digest(lora=other)
+        whole = {"train": 1, "validation": 0, "test": 0}
+        assert digest(split=whole, patience=3, eval_every=2) == digest(split=whole), "nothing to validate on"
+
+        penalty = {"orthogonality": {"mode": "penalty"}}
         others = [
+            digest(lora=penalty), digest(lora={"orthogonality": {"mode": "penalty", "weight": 3.0}}),
+            digest(lora={"init": "rescaled", "sigma": 0.5}), digest(lora=some), digest(eval_limit=2),
+            digest(eval_every=2), digest(scheduler="constant"), digest(warmup_ratio=0.5), digest(split=whole),
             digest(learning_rate=1e-4), digest(batch_size=4), digest(patience=1), digest(epochs=2), digest(max_steps=5),
             digest(lora={"rank": 4}), digest(lora={"dropout": 0.1}), digest(lora={"init": "rescaled"}),
             digest(seeds={"init": 1}), digest(seeds={"data": 1}), digest(data="b.jsonl"), digest(dtype="bfloat16"),
         ]  # fmt: skip
         assert len({plain, *others}) == 1 + len(others)
+
+    @pytest.mark.parametrize(
+        ("changes", "same"),
+        [
+            ({"context": {"old": {"weight": 0.5, "to": 0.25, "start": 0.5, "end": 0.75}}}, True),
+            ({"context": {"old": {"weight": 0.5, "schedule": "linear", "to": 0.5}}}, True),
+            ({"context": {"old": {"weight": 0.5, "schedule": "linear", "to": 0.25}}}, False),
+            ({"context": {"old": 0.25}}, False),
+            ({"context": {}}, False),
+            ({"loss": "ipo"}, False),
+            ({"beta": 0.2}, False),
+            ({"label_smoothing": 0.1}, False),
+        ],
+    )
+    def test_of_a_context_and_an_objective(self, changes, same, tiny_dir, tiny_model, tmp_path):
+        from lorchestra.pipeline.prepare import prepare
+        from lorchestra.pipeline.training import context_of, stage_digest, stage_inputs
+        from lorchestra.recipe.recipe import Recipe
+
+        rows = [{"prompt": f"question {i}?", "chosen": "Yes.", "rejected": "No."} for i in range(40)]
+        (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        adapter_of(tiny_model).save(tmp_path / "old")
+
+        def digest(**changes):
+            stage = {"name": "p", "task": "dpo", "data": "pairs.jsonl", "context": {"old": 0.5}} | changes
+            values = {"name": "x", "base": str(tiny_dir), "adapters": {"old": "old"}, "stages": [stage]}
+            prepared = prepare(Recipe.from_dict(values, tmp_path))
+            stage = prepared.recipe.stages[0]
+            inputs = stage_inputs(prepared, stage, context_of(prepared.recipe, stage, prepared.adapters))
+            return stage_digest(prepared, inputs, "cpu", "float32")
+
+        assert (digest(**changes) == digest()) is same
 
 
 class TestBuild:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lorchestra.adapter.adapter import Adapter
+from lorchestra.base.load import load_base
 from lorchestra.errors import RecipeError
 from lorchestra.pipeline.execute import run
+from lorchestra.pipeline.prepare import prepare
+from lorchestra.pipeline.training import context_of, stage_inputs
 from lorchestra.recipe.recipe import Recipe
+from lorchestra.train.stage import train_stage
 
 
 def write_data(directory):
@@ -64,6 +70,12 @@ def test_a_whole_run(recipe, tmp_path):
         "base", "mixed", "general", "clinic", "preference", "stack", "uniform", "delivered"
     }  # fmt: skip
     assert report["merge"]["parity"] < 0.05
+    assert [stage["name"] for stage in report["stages"]] == ["general", "clinic", "preference"]
+    mixed = report["mixed"]
+    assert mixed["digest"] == result.digests["mixed"]
+    assert mixed["lora"]["rank"] == 6
+    assert len(mixed["history"]) == mixed["train"]["max_steps"]
+    assert mixed["validation"]
     assert [row["reads"] for row in report["evaluation"]["ledger"]] == [1, 1, 1]
     assert len(report["samples"]) == 2
     fused = Adapter.load(result.adapter)
@@ -90,6 +102,46 @@ def test_a_second_run_reuses_every_step(recipe, tmp_path):
     assert second.digests == first.digests
     report = json.loads((tmp_path / "two" / "report.json").read_text())
     assert [row["reads"] for row in report["evaluation"]["ledger"]] == [1, 1, 1], "a reused verdict reads nothing anew"
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Directories of the models that a run loads, and a weak reference to each, the real function still at work."""
+    found = []
+
+    def counted(directory, **options):
+        alive = [where for where, model in found if model() is not None]
+        assert not alive, f"{alive} is still in memory beside {directory}"
+        base = load_base(directory, **options)
+        found.append((directory, weakref.ref(base.model)))
+        return base
+
+    monkeypatch.setattr("lorchestra.pipeline.lazy.load_base", counted)
+    monkeypatch.setattr("lorchestra.pipeline.judging.load_base", counted)
+    return found
+
+
+def test_models_are_loaded_once_and_never_beside_one_another(recipe, tmp_path, tiny_dir, loads):
+    first = run(recipe, directory=tmp_path / "one")
+    assert [directory.name for directory, _ in loads] == [tiny_dir.name, "model"]
+    loads.clear()
+    second = run(recipe, directory=tmp_path / "two")
+    assert loads == [], "everything is cached, so no model is needed"
+    assert second.verdict == first.verdict
+
+
+def test_without_a_merged_model_the_base_with_the_adapter_is_judged(tmp_path, tiny_dir, loads):
+    write_data(tmp_path)
+    values = recipe_dict(tiny_dir, deliver={"merged": False})
+    result = run(Recipe.from_dict(values, tmp_path), directory=tmp_path / "run")
+    assert [directory.name for directory, _ in loads] == [tiny_dir.name]
+    assert result.merged is None
+    assert not (tmp_path / "run" / "final" / "model").exists()
+    rows = json.loads((tmp_path / "run" / "report.json").read_text())["evaluation"]["rows"]
+    found = {(row["model"], row["domain"], row["metric"]): row["estimate"] for row in rows}
+    losses = [(name, metric) for model, name, metric in found if model == "delivered" and metric == "nll"]
+    assert losses
+    assert any(found["delivered", *key] != found["base", *key] for key in losses)
 
 
 def test_a_sealed_item_is_counted_whatever_test_it_stands_in(recipe, tmp_path, tiny_dir):
@@ -191,14 +243,71 @@ def test_the_reference_of_a_preference_stage_is_the_base_with_the_adapter_brough
     shutil.copytree(tiny_dir, tmp_path / "merged")
     merged.save_pretrained(tmp_path / "merged")
     values = with_foreign(tiny_dir, "old", dtype="float32")
-    beside = run(Recipe.from_dict(values, tmp_path), directory=tmp_path / "beside")
-    values["base"] = str(tmp_path / "merged")
-    del values["adapters"], values["fusion"], values["stages"][0], values["stages"][0]["context"]
-    alone = run(Recipe.from_dict(values, tmp_path), directory=tmp_path / "alone")
-    steps = list((tmp_path / "home" / "steps").glob("stage-*/adapter"))
-    ours, theirs = (
-        next(found for path in steps if (found := Adapter.load(path)).digest == result.digests["preference"])
-        for result in (beside, alone)
-    )
-    for path, update in ours.modules.items():
-        torch.testing.assert_close(update.dense(), theirs.modules[path].dense(), rtol=5e-3, atol=1e-6)
+    learned = []
+    for base in (tiny_dir, tmp_path / "merged"):
+        values["base"] = str(base)
+        if base != tiny_dir:
+            del values["adapters"], values["fusion"], values["stages"][0], values["stages"][0]["context"]
+        recipe = Recipe.from_dict(values, tmp_path)
+        prepared, stage = prepare(recipe), recipe.stage("preference")
+        context = context_of(recipe, stage, prepared.adapters)
+        inputs = replace(stage_inputs(prepared, stage, context), salt="the same start")
+        model = load_base(base, dtype="float32").model
+        learned.append(train_stage(model, prepared.base, 3, inputs, tmp_path / "work" / base.name).adapter)
+    for path, update in learned[0].modules.items():
+        assert update.norm() > 1e-3
+        torch.testing.assert_close(update.dense(), learned[1].modules[path].dense(), rtol=5e-3, atol=1e-6)
+
+
+def rewrite_answers(directory, prepared, part):
+    """Other answers for every item that the split puts into ``part``; the questions, and so the split, stay."""
+    origins = {example.origin for data in prepared.data.values() for example in dict(data.splits.parts())[part]}
+    assert origins
+    for name in ("general", "pairs"):
+        file = directory / f"{name}.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for i, row in enumerate(rows, start=1):
+            if f"{name}.jsonl:{i}" in origins:
+                row |= {key: f"poison, {value[::-1]}" for key, value in row.items() if key != "prompt"}
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory, tiny_dir):
+    """``outcome(part)``: a whole run after all answers in ``part`` were changed, each in a cache of its own."""
+
+    def carry_out(part):
+        where = tmp_path_factory.mktemp("poisoned")
+        write_data(where)
+        values = recipe_dict(
+            tiny_dir,
+            train={"epochs": 2, "batch_size": 4, "learning_rate": 5e-2, "eval_every": 1, "patience": 1},
+            stages=[
+                {"name": "general", "data": "general.jsonl"},
+                {"name": "preference", "task": "dpo", "data": "pairs.jsonl", "context": {"general": 1.0}},
+            ],
+            fusion={"candidates": 8, "validation_limit": None},
+            evaluate={"samples": 0, "test_limit": None, "mixed_baseline": True},
+            deliver={"merged": False},
+        )
+        recipe = Recipe.from_dict(values, where)
+        if part:
+            rewrite_answers(where, prepare(recipe), part)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LORCHESTRA_HOME", str(where / "home"))
+            result = run(recipe, directory=where / "run")
+        return result, json.loads((where / "run" / "report.json").read_text())
+
+    return carry_out
+
+
+def test_training_early_stopping_and_search_never_see_the_sealed_test(outcome):
+    """Poison: with every sealed answer changed, nothing but the verdict changes. With λ-validation, much does."""
+    (plain, before), (sealed, after), (_, other) = outcome(None), outcome("test"), outcome("validation")
+    assert sealed.digests == plain.digests
+    assert sealed.weights == plain.weights
+    assert after["search"] == before["search"]
+    assert [s["validation"] for s in after["stages"]] == [s["validation"] for s in before["stages"]]
+    assert after["evaluation"]["rows"] != before["evaluation"]["rows"], "the poison must be there, or this says nothing"
+    assert [s["validation"] for s in other["stages"]] != [s["validation"] for s in before["stages"]]
+    assert other["search"]["candidates"] != before["search"]["candidates"]

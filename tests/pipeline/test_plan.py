@@ -185,6 +185,9 @@ def test_given_weights_need_no_search_and_no_test_no_verdict(finished, same_home
 def test_a_begun_stage_is_estimated_by_its_own_pace(finished, tmp_path):
     where, recipe, _ = finished
 
+    class KilledError(Exception):
+        pass
+
     class UntilStep:
         """A reporter that ends the run as a kill would, after three steps of training."""
 
@@ -195,12 +198,12 @@ def test_a_begun_stage_is_estimated_by_its_own_pace(finished, tmp_path):
 
         def event(self, kind, /, **fields):
             if kind == "train_step" and fields["step"] == 3:
-                raise KeyboardInterrupt
+                raise KilledError
 
     longer = Recipe.from_dict(
         values(recipe.base, train={"max_steps": 8, "batch_size": 8, "checkpoint_every": 1}), where
     )
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KilledError):
         run(longer, directory=tmp_path / "run", reporter=UntilStep())
     found = plan(longer, MACHINE)
     step = found.step("general")

@@ -14,6 +14,7 @@ from lorchestra.evaluate.score import Domain, Kind, make_domain
 from lorchestra.events import Reporter
 from lorchestra.fusion.search import Candidate, context_warnings, heuristic
 from lorchestra.pipeline.cache import Step, StepCache, step_digest, write_json
+from lorchestra.pipeline.lazy import LazyBase
 from lorchestra.pipeline.prepare import Prepared
 from lorchestra.pipeline.searching import SearchPlan, search_weights
 from lorchestra.recipe.recipe import Recipe
@@ -57,7 +58,7 @@ class SearchInputs:
 
 
 def choose(
-    prepared: Prepared, members: Mapping[str, Adapter], base: Base, cache: StepCache, reporter: Reporter
+    prepared: Prepared, members: Mapping[str, Adapter], base: LazyBase, cache: StepCache, reporter: Reporter
 ) -> Chosen:
     """Coefficients as the recipe asks: given, by a heuristic, or searched on λ-validation."""
     recipe = prepared.recipe
@@ -66,7 +67,7 @@ def choose(
     inputs = search_inputs(prepared, members, str(base.dtype))
 
     def make(work: Path) -> dict[str, Any]:
-        found = search_weights(base, members, inputs.domains, betas(recipe), inputs.plan, work, reporter)
+        found = search_weights(base.load(), members, inputs.domains, betas(recipe), inputs.plan, work, reporter)
         write_json(work / "searched.json", found.as_dict())
         return {"candidates": [candidate.as_dict() for candidate in found.candidates], "slopes": found.slopes}
 

@@ -144,8 +144,7 @@ class Costs:
         if evaluate.samples:  # a token is made as fast as the weights can be read
             token = 2 * self.shape.bytes / self.machine.bandwidth + self.shape.modules * PASS
             seconds += 2 * evaluate.sample_tokens * token
-        copies = 2 if self.recipe.deliver.merged else 1
-        return Cost(seconds, scoring_memory(self.shape, self._numbers(self.recipe.members), supervised, copies))
+        return Cost(seconds, scoring_memory(self.shape, self._numbers(self.recipe.members), supervised))
 
     def basis(self) -> str:
         """How the estimates are made, in a sentence or two."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lorchestra.evaluate.parity import merged_parity
 from lorchestra.events import Reporter
 from lorchestra.fusion.methods import compress, linear
 from lorchestra.fusion.stream import merge
-from lorchestra.pipeline.cache import Step, StepCache, step_digest
+from lorchestra.pipeline.cache import Step, StepCache, place, step_digest, write_json
 from lorchestra.pipeline.choosing import Chosen
 from lorchestra.pipeline.prepare import Prepared
 
@@ -23,11 +24,11 @@ PARITY_PROMPTS = 3
 
 
 def fuse_digest(prepared: Prepared, members: Mapping[str, Adapter], weights: Mapping[str, float]) -> str:
-    """Digest of the fusion step."""
+    """Digest of the fusion step; names count, for they go into the lineage."""
     recipe = prepared.recipe
     digests = {name: adapter.digest for name, adapter in members.items()}
     settings = {"weights": dict(weights), "rank": recipe.fusion.rank, "name": recipe.name}
-    return step_digest("fuse", FUSE_VERSION, settings, {"members": digests, "base": prepared.base_digest})
+    return step_digest("fuse", FUSE_VERSION, settings, {"members": digests, "base": asdict(prepared.base)})
 
 
 def merge_digest(prepared: Prepared, fused: Adapter) -> str:
@@ -85,6 +86,14 @@ def merge_step(prepared: Prepared, fused: Adapter, cache: StepCache, reporter: R
         return {**report.as_dict(), "parity": found.ratio}
 
     return cache.build("merge", digest, make, reporter.say)
+
+
+def place_model(merged: Step, fused: Adapter, target: Path) -> None:
+    """Put the merged model at ``target``, with the lineage of ``fused``: another recipe may have made the step."""
+    place(merged.directory / "model", target)
+    note = target / "lorchestra.json"
+    told = json.loads(note.read_text(encoding="utf-8"))
+    write_json(note, told | {"lineage": asdict(fused.lineage)})
 
 
 def _prompts(prepared: Prepared) -> list[tuple[int, ...]]:

@@ -6,19 +6,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lorchestra.base.home import home
-from lorchestra.base.load import Base, choose_device, choose_dtype, load_base
+from lorchestra.base.load import choose_device, choose_dtype
 from lorchestra.events import SILENT, Reporter
 from lorchestra.pipeline.cache import Step, StepCache, discard, place, run_lock, storage, sweep, write_json
 from lorchestra.pipeline.choosing import Chosen, choose
-from lorchestra.pipeline.delivering import fuse_step, merge_step
+from lorchestra.pipeline.delivering import fuse_step, merge_step, place_model
 from lorchestra.pipeline.journal import Journal
 from lorchestra.pipeline.judging import Judged, evaluate_step
+from lorchestra.pipeline.lazy import LazyBase
 from lorchestra.pipeline.prepare import Prepared, prepare
 from lorchestra.pipeline.training import (
     Trained,
@@ -33,6 +33,7 @@ from lorchestra.pipeline.training import (
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.recipe.unexpanded import Unexpanded, as_written, mask_of, masked
 from lorchestra.report.write import write_report
+from lorchestra.train.stage import StageInputs
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class _Run:
         self.cache = StepCache(home() / "steps")
         self.started = time.time()
         self.steps: list[dict[str, Any]] = []
+        self.trainings: dict[str, dict[str, Any]] = {}  # name → what the report tells of it
         self._clock = self.started
 
     def go(self) -> RunResult:
@@ -105,6 +107,7 @@ class _Run:
         if self.recipe.evaluate.mixed_baseline:
             mixed_inputs(prepared, tokens=1)  # a mistake in what it needs is told before the stages are trained
         self.prepared = prepared
+        self.base = LazyBase(prepared.directory, prepared.base.name, self.recipe.device, self.recipe.dtype)
         self._note("data", "data", None)
         for line in prepared.check.warnings:
             self.reporter.say(f"warning: {line}")
@@ -132,7 +135,6 @@ class _Run:
                 f"merged in {merge.info['dtype']}: ‖ΔW‖/‖W‖ {merge.info['update_ratio']:.2%}, rounding lost "
                 f"{merge.info['rounding_lost']:.2%} of it; parity {merge.info['parity']:.2%} (5 % allowed)"
             )
-        model = merge.directory / "model" if merge else None
         judged = evaluate_step(
             prepared, adapters, members, chosen, fused, merge, self.base, self.cache, self.reporter, spent
         )
@@ -140,30 +142,23 @@ class _Run:
             self._note("evaluate", "evaluate", judged.step)
         final = self.directory / "final"
         place(fuse.directory / "adapter", final / "adapter")
-        if model is not None:
-            place(model, final / "model")
+        if merge is not None:
+            place_model(merge, fused, final / "model")
         else:
             discard(final / "model")
-        report = self._report(trained, chosen, fuse, merge, judged)
+        report = self._report(chosen, fuse, merge, judged)
         sentence = judged.verdict.sentence if judged else ""
         digests = {**{name: adapter.digest for name, adapter in adapters.items()}, "fused": fused.digest}
         self.reporter.event("done", seconds=round(time.time() - self.started, 1), digests=digests, verdict=sentence)
         return RunResult(
             directory=self.directory,
             adapter=final / "adapter",
-            merged=final / "model" if model else None,
+            merged=final / "model" if merge else None,
             weights=chosen.weights,
             verdict=sentence,
             readings={row["domain"]: row["reads"] for row in judged.ledger} if judged else {},
             digests=digests,
             report=report,
-        )
-
-    @cached_property
-    def base(self) -> Base:
-        """The loaded base; nothing loads it when every step is cached but the first use."""
-        return load_base(
-            self.prepared.directory, name=self.prepared.base.name, device=self.recipe.device, dtype=self.recipe.dtype
         )
 
     def _stages(self, prepared: Prepared) -> dict[str, Trained]:
@@ -174,19 +169,20 @@ class _Run:
             trained[stage.name] = self._train(prepared, inputs)
         return trained
 
-    def _train(self, prepared: Prepared, inputs: Any) -> Trained:
+    def _train(self, prepared: Prepared, inputs: StageInputs) -> Trained:
         device = choose_device(self.recipe.device)
         dtype = choose_dtype(device, self.recipe.dtype)
         digest = stage_digest(prepared, inputs, device.type, str(dtype))
         cached = self.cache.lookup("stage", digest)
         if cached is not None:
             self.cache.verify(cached)
-            found = load_trained(cached)
+            found = load_trained(cached, inputs, prepared.base)
             self.reporter.say(f"{inputs.name}: trained before, reused ({digest[:12]})")
         else:
             logs = self.directory / "logs" / inputs.name
             found = train(prepared, inputs, self.base, self.cache, digest, self.reporter, logs)
         self._note(inputs.name, "stage", found.step)
+        self.trainings[inputs.name] = self._training_report(inputs, found)
         return found
 
     def _note(self, name: str, kind: str, step: Step | None) -> None:
@@ -204,9 +200,7 @@ class _Run:
         self.reporter.event("step", **self.steps[-1])
         write_json(self.directory / "plan.json", {"recipe": self.recipe.name, "steps": self.steps})
 
-    def _report(
-        self, trained: Mapping[str, Trained], chosen: Chosen, fuse: Step, merge: Step | None, judged: Judged | None
-    ) -> Path:
+    def _report(self, chosen: Chosen, fuse: Step, merge: Step | None, judged: Judged | None) -> Path:
         recipe, prepared = self.recipe, self.prepared
         told: dict[str, Any] = {"verdict": {"sentence": "", "notes": []}, "evaluation": None}
         if judged:
@@ -227,7 +221,8 @@ class _Run:
                 "dtype": str(choose_dtype(device, recipe.dtype)).removeprefix("torch."),
             },
             "steps": self.steps,
-            "stages": [self._stage_report(name, found) for name, found in trained.items()],
+            "stages": [self.trainings[stage.name] for stage in recipe.stages],
+            "mixed": self.trainings.get("mixed"),
             "search": chosen.search,
             "fusion": {
                 **fuse.info,
@@ -240,20 +235,22 @@ class _Run:
         }
         return write_report(masked(mask_of(recipe), data), self.directory)
 
-    def _stage_report(self, name: str, found: Trained) -> dict[str, Any]:
-        training = dict(found.training)
-        stage = self.recipe.stage(name)
+    def _training_report(self, inputs: StageInputs, found: Trained) -> dict[str, Any]:
+        training = found.training
         seconds = max(float(training["seconds"]), 1e-9)
+        examples = {"train": len(inputs.items), "validation": len(inputs.validation)}
+        if inputs.name in self.prepared.data:
+            examples["test"] = len(self.prepared.data[inputs.name].splits.test)
         return {
-            "name": name,
-            "task": stage.task,
+            "name": inputs.name,
+            "task": inputs.objective.task,
             "digest": found.adapter.digest,
             "lora": training["lora"],
             "train": training["train"],
             "scale": training["scale"],
             "trainable": training["trainable"],
-            "examples": {part: len(items) for part, items in self.prepared.data[name].rendered.items()},
-            "context": {key: member.model_dump(mode="json") for key, member in stage.context.items()},
+            "examples": examples,
+            "context": {name: member.model_dump(mode="json") for name, (_, member) in inputs.context.items()},
             "history": training["history"],
             "validation": training["validation"],
             "best_step": training["best_step"],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from lorchestra.events import Reporter, Task
 from lorchestra.fusion.search import stack_of, weights_key
 from lorchestra.pipeline.cache import SCRATCH, Step, StepCache, step_digest, write_json
 from lorchestra.pipeline.choosing import Chosen, betas, domains_of, mounted
+from lorchestra.pipeline.lazy import LazyBase
 from lorchestra.pipeline.prepare import Prepared
 
 VERSION = 2  # raise it when the same models would be scored otherwise
@@ -103,7 +104,7 @@ def evaluate_step(
     chosen: Chosen,
     fused: Adapter,
     merged: Step | None,
-    base: Base,
+    base: LazyBase,
     cache: StepCache,
     reporter: Reporter,
     budget: str = "",
@@ -118,7 +119,7 @@ def evaluate_step(
         fused: the delivered adapter.
         merged: the step of the delivered model, if one was made; it is what the sealed test scores then, in its own
             number format.
-        base: the loaded base.
+        base: the base; released before the delivered model is loaded.
         cache: of steps.
         reporter: progress.
         budget: what the mixed baseline and the stages were trained with, for the note on staging.
@@ -183,40 +184,22 @@ def _evaluate(
     asked: list[tuple[str, Example]],
     fused: Adapter,
     merged: Step | None,
-    base: Base,
+    base: LazyBase,
     reporter: Reporter,
 ) -> dict[str, Any]:
     kept = work / SCRATCH / "scores.json"
     scores = _read_scores(kept) if kept.exists() else {}
     items = sum(len(domain.items) for domain in domains.values())
-    by_key: dict[str, dict[str, Scores]] = {}
-    bank = mounted(base, trained)
-    with ExitStack() as stack:
-        stack.callback(bank.unmount)
-        task = stack.enter_context(reporter.task("sealed test", items * (len(models) + 1), "item"))
-        for model, weights in models.items():
-            key = weights_key(weights)
-            if model not in scores:
-                if key in by_key:
-                    scores[model] = by_key[key]
-                    task.advance(items)
-                else:
-                    with bank.using(dict(weights)):
-                        scores[model] = _score_all(base, domains, task)
-                _write_scores(kept, scores)
-            by_key[key] = scores[model]
-        bank.unmount()
-        delivered, using = base, ExitStack()
-        with using:
-            if merged is not None:
-                delivered = load_base(merged.directory / "model", device=str(base.device), dtype=merged.info["dtype"])
-            else:
-                bank.load("fused", fused)
-                using.enter_context(bank.using({"fused": 1.0}))
-            scores[DELIVERED] = _score_all(delivered, domains, task)
-            _write_scores(kept, scores)
-            after = _answers(prepared, delivered, asked)
-        before = _answers(prepared, base, asked)
+    with reporter.task("sealed test", items * (len(models) + 1), "item") as task:
+        _score_rivals(base.load(), trained, models, domains, scores, kept, task)
+        before = _answers(prepared, base.load(), asked)
+        if merged is None:
+            with _delivered(base.load(), fused) as model:
+                scores[DELIVERED], after = _score_all(model, domains, task), _answers(prepared, model, asked)
+        else:
+            base.release()
+            model = load_base(merged.directory / "model", device=str(base.device), dtype=merged.info["dtype"])
+            scores[DELIVERED], after = _score_all(model, domains, task), _answers(prepared, model, asked)
     samples = [
         {
             "domain": domain,
@@ -230,6 +213,45 @@ def _evaluate(
     _write_scores(work / "scores.json", scores)
     write_json(work / "samples.json", samples)
     return {"models": list(scores), "items": items}
+
+
+def _score_rivals(
+    base: Base,
+    trained: Mapping[str, Adapter],
+    models: Mapping[str, Mapping[str, float]],
+    domains: Mapping[str, Domain],
+    scores: dict[str, dict[str, Scores]],
+    kept: Path,
+    task: Task,
+) -> None:
+    """Fill ``scores`` with the models that are sums on the base, and keep them in ``kept`` as they come."""
+    items = sum(len(domain.items) for domain in domains.values())
+    by_key: dict[str, dict[str, Scores]] = {}
+    bank = mounted(base, trained)
+    try:
+        for model, weights in models.items():
+            key = weights_key(weights)
+            if model in scores or key in by_key:
+                scores.setdefault(model, by_key.get(key, {}))
+                task.advance(items)
+            else:
+                with bank.using(dict(weights)):
+                    scores[model] = _score_all(base, domains, task)
+            _write_scores(kept, scores)
+            by_key[key] = scores[model]
+    finally:
+        bank.unmount()
+
+
+@contextmanager
+def _delivered(base: Base, fused: Adapter) -> Iterator[Base]:
+    """The base with the fused adapter acting: what is delivered where no merged model is."""
+    bank = mounted(base, {"fused": fused})
+    try:
+        with bank.using({"fused": 1.0}):
+            yield base
+    finally:
+        bank.unmount()
 
 
 def _score_all(base: Base, domains: Mapping[str, Domain], task: Task) -> dict[str, Scores]:

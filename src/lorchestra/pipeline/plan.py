@@ -232,7 +232,7 @@ class _Planner:
         planned = replace(planned, digest=digest)
         step = self.cache.lookup("stage", digest)
         if step is not None:
-            trained = load_trained(step)
+            trained = load_trained(step, inputs, prepared.base)
             took = float(trained.training["seconds"])
             self.ratios.append(took / cost.seconds)
             self._add(replace(planned, state="cached", note=f"took {took:.0f} s", seconds=0.0))

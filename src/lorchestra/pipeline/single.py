@@ -10,11 +10,12 @@ from typing import Any
 
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.base.home import home
-from lorchestra.base.load import choose_device, choose_dtype, load_base
+from lorchestra.base.load import choose_device, choose_dtype
 from lorchestra.data.check import EmptyPartError
 from lorchestra.errors import UserError
 from lorchestra.events import SILENT, Reporter
 from lorchestra.pipeline.cache import StepCache, storage
+from lorchestra.pipeline.lazy import LazyBase
 from lorchestra.pipeline.prepare import Prepared, prepare
 from lorchestra.pipeline.training import context_of, load_trained, stage_digest, stage_inputs, train
 from lorchestra.recipe.recipe import Recipe
@@ -83,9 +84,9 @@ def tune(
     cache = StepCache(home() / "steps")
     step = cache.lookup("stage", digest)
     if step is not None:
-        found = load_trained(step)
+        found = load_trained(step, inputs, prepared.base)
     else:
-        base = load_base(prepared.directory, name=prepared.base.name, device=recipe.device, dtype=recipe.dtype)
+        base = LazyBase(prepared.directory, prepared.base.name, recipe.device, recipe.dtype)
         found = train(prepared, inputs, base, cache, digest, reporter, logs)
     found.adapter.save(out)
     counts = {part: len(items) for part, items in prepared.data[stage.name].splits.parts()}

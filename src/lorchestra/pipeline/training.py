@@ -5,24 +5,25 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lorchestra.adapter.adapter import Adapter
-from lorchestra.base.load import Base
+from lorchestra.adapter.digest import json_digest
+from lorchestra.adapter.lineage import BaseId
 from lorchestra.data.render import Rendered
 from lorchestra.errors import UserError
 from lorchestra.events import Reporter
 from lorchestra.pipeline.cache import SCRATCH, Step, StepCache, step_digest, write_json
+from lorchestra.pipeline.lazy import LazyBase
 from lorchestra.pipeline.prepare import Prepared, rendered_digest
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.recipe.sections import Stage
-from lorchestra.train.settings import ContextMember, Objective
-from lorchestra.train.stage import StageInputs, train_stage
+from lorchestra.train.settings import ContextMember, LoraSettings, Objective, TrainSettings
+from lorchestra.train.stage import StageInputs, stage_lineage, train_stage
 
-VERSION = 2  # raise it when the same settings would train another adapter
-UNIMPORTANT = {"report_to", "checkpoint_every"}  # they do not change the adapter
+VERSION = 3  # raise it when the same settings would train another adapter
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,28 @@ class Trained:
 def stage_inputs(prepared: Prepared, stage: Stage, context: Mapping[str, tuple[Adapter, ContextMember]]) -> StageInputs:
     """What a stage of the recipe depends on."""
     recipe, data = prepared.recipe, prepared.data[stage.name]
+    items = data.rendered["train"]
     return StageInputs(
         name=stage.name,
         objective=stage.objective,
         lora=recipe.lora_of(stage),
         train=recipe.train_of(stage),
-        items=data.rendered["train"],
+        items=items,
         validation=data.rendered["validation"],
         context=context,
         init_seed=recipe.seeds.init,
         data_seed=recipe.seeds.data,
         data={found.source: found.digest for found in data.loaded},
+        salt=salt_of(items, [adapter for adapter, _ in context.values()]),
     )
+
+
+def salt_of(items: Sequence[Rendered], context: Sequence[Adapter] = ()) -> str:
+    """What sets a stage's start apart from the others': what it trains on, not what it is called or where it stands.
+
+    So a stage that is renamed, moved or taken into another recipe is the same step.
+    """
+    return json_digest([rendered_digest(items), [adapter.digest for adapter in context]])
 
 
 def mixed_inputs(prepared: Prepared, tokens: int) -> StageInputs:
@@ -93,6 +104,7 @@ def mixed_inputs(prepared: Prepared, tokens: int) -> StageInputs:
         init_seed=recipe.seeds.init,
         data_seed=recipe.seeds.data,
         data={found.source: found.digest for stage in recipe.stages for found in prepared.data[stage.name].loaded},
+        salt=salt_of(items),
     )
 
 
@@ -112,41 +124,106 @@ def _chosen(items: Sequence[Rendered]) -> list[Rendered]:
 
 
 def stage_digest(prepared: Prepared, inputs: StageInputs, device: str, dtype: str) -> str:
-    """Digest of a training step: settings that matter, rendered data, base, context."""
+    """Digest of a training step: base, rendered data, context, and the settings that matter to its adapter.
+
+    What does not: names (of the stage, its context, its data), ``report_to``, ``checkpoint_every``, and every setting
+    that another one switches off.
+    """
+    used = inputs.validation[: inputs.train.eval_limit]
     settings = {
-        "name": inputs.name,
-        "objective": inputs.objective.model_dump(mode="json"),
-        "lora": inputs.lora.model_dump(mode="json"),
-        "train": inputs.train.model_dump(mode="json", exclude=UNIMPORTANT),
-        "context": {name: member.model_dump(mode="json") for name, (_, member) in inputs.context.items()},
+        "objective": _objective(inputs.objective),
+        "lora": _lora(inputs.lora, bool(inputs.context)),
+        "train": _train(inputs.train, bool(used)),
+        "context": [_member(member) for _, member in inputs.context.values()],
         "seeds": [inputs.init_seed, inputs.data_seed],
         "device": device,
         "dtype": dtype,
     }
     needs = {
         "base": prepared.base_digest,
-        "data": dict(inputs.data or {}),
+        "salt": inputs.salt,
         "train": rendered_digest(inputs.items),
-        "validation": rendered_digest(inputs.validation),
-        "context": {name: adapter.digest for name, (adapter, _) in inputs.context.items()},
+        "validation": rendered_digest(used),
+        "context": [adapter.digest for adapter, _ in inputs.context.values()],
     }
     return step_digest("stage", VERSION, settings, needs)
 
 
-def load_trained(step: Step) -> Trained:
-    """Read a finished training step."""
+def _objective(objective: Objective) -> dict[str, Any]:
+    if objective.task == "sft":
+        return {"task": "sft"}
+    return objective.model_dump(mode="json", exclude={"label_smoothing"} if objective.loss == "ipo" else None)
+
+
+def _lora(lora: LoraSettings, context: bool) -> dict[str, Any]:
+    settings = lora.model_dump(mode="json", exclude=None if lora.init == "rescaled" else {"sigma"})
+    if lora.target_modules != "all-linear":
+        settings["target_modules"] = sorted(set(lora.target_modules))
+    keep_apart = settings["orthogonality"]
+    if keep_apart["mode"] != "penalty":
+        del keep_apart["weight"]
+    if keep_apart["mode"] == "off" or not context:
+        del keep_apart["against_context"]
+    return settings
+
+
+def _train(train: TrainSettings, validated: bool) -> dict[str, Any]:
+    unused = {"report_to", "checkpoint_every", "eval_limit"}  # the digest of the validation items tells how many
+    if train.max_steps is not None:
+        unused.add("epochs")
+    if train.scheduler == "constant":
+        unused.add("warmup_ratio")
+    if not validated:
+        unused |= {"eval_every", "patience"}
+    return train.model_dump(mode="json", exclude=unused)
+
+
+def _member(member: ContextMember) -> dict[str, Any]:
+    if member.schedule == "constant" or member.weight == member.to:
+        return {"weight": member.weight}
+    return member.model_dump(mode="json", exclude={"end"} if member.schedule == "step" else None)
+
+
+def load_trained(step: Step, inputs: StageInputs, base: BaseId) -> Trained:
+    """Read a finished training step, under the names and settings of the recipe at hand.
+
+    It may have been made by another recipe, with other names: the factors are the same, what is told of them is ours.
+    """
     training = json.loads((step.directory / "training.json").read_text(encoding="utf-8"))
-    return Trained(Adapter.load(step.directory / "adapter"), training, step)
+    stored = Adapter.load(step.directory / "adapter")
+    lineage = stage_lineage(inputs, training["best_loss"], training["best_step"])
+    adapter = replace(stored, base=base, lineage=replace(lineage, tools=stored.lineage.tools))
+    ours = dict(zip((parent.name for parent in stored.lineage.context), inputs.context, strict=True))
+    for row in training["history"]:
+        if "context" in row:
+            row["context"] = {ours.get(name, name): weight for name, weight in row["context"].items()}
+    return Trained(adapter, training | _told(inputs), step)
+
+
+def _told(inputs: StageInputs) -> dict[str, Any]:
+    return {
+        "scale": inputs.lora.scale,
+        "lora": inputs.lora.model_dump(mode="json"),
+        "train": inputs.train.model_dump(mode="json"),
+        "objective": inputs.objective.model_dump(mode="json"),
+    }
 
 
 def train(
-    prepared: Prepared, inputs: StageInputs, base: Base, cache: StepCache, digest: str, reporter: Reporter, logs: Path
+    prepared: Prepared,
+    inputs: StageInputs,
+    base: LazyBase,
+    cache: StepCache,
+    digest: str,
+    reporter: Reporter,
+    logs: Path,
 ) -> Trained:
     """Train, or go on, or find it done."""
 
     def make(work: Path) -> dict[str, Any]:
+        loaded = base.load()
         result = train_stage(
-            base.model, prepared.base, base.pad_id, inputs, work / SCRATCH, reporter=reporter, log_directory=logs
+            loaded.model, prepared.base, loaded.pad_id, inputs, work / SCRATCH, reporter=reporter, log_directory=logs
         )
         result.adapter.save(work / "adapter")
         training = {
@@ -155,15 +232,12 @@ def train(
             "steps_per_epoch": result.steps_per_epoch,
             "trainable": result.trainable,
             "first_preference_loss": result.first_preference_loss,
-            "scale": inputs.lora.scale,
-            "lora": inputs.lora.model_dump(mode="json"),
-            "train": inputs.train.model_dump(mode="json"),
-            "objective": inputs.objective.model_dump(mode="json"),
+            **_told(inputs),
         }
         write_json(work / "training.json", training)
         return {"adapter": result.adapter.digest, "seconds": result.progress.seconds}
 
-    return load_trained(cache.build("stage", digest, make, reporter.say))
+    return load_trained(cache.build("stage", digest, make, reporter.say), inputs, prepared.base)
 
 
 def context_of(

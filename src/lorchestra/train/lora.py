@@ -82,7 +82,7 @@ def new_member(model: nn.Module, settings: LoraSettings, seed: int, name: str = 
     """A fresh adapter for ``model``; each module draws from its own generator, seeded by (seed, name, path).
 
     So a module starts the same whichever other modules are adapted, on any device, and stages of one recipe
-    (``name`` is the stage's) start in different directions.
+    (``name`` tells them apart: a recipe's are told by what they train on) start in different directions.
     """
     factors = {}
     for path, (m, n) in target_paths(model, settings.target_modules).items():
