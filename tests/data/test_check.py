@@ -137,6 +137,39 @@ def test_an_example_with_nothing_supervised_is_refused(renderer: Renderer) -> No
         check_data([broken], renderer)
 
 
+def test_of_an_extra_domain_the_sealed_test_is_looked_at_and_nothing_else(renderer: Renderer) -> None:
+    general = stage(renderer, [example(i) for i in range(60)], [example(70 + i) for i in range(20)], [example(100)])
+    law = stage(renderer, [example(200)], [], [example(300), example(3)], name="law")
+    found = check_data([general], renderer, SplitSpec(), [law])
+    assert [data.name for data in found.stages] == ["general", "law"]
+    told = found.as_dict()["law"]
+    assert told["counts"] == {"train": 0, "validation": 0, "test": 2}
+    assert len(told["examples"]) == 2
+    assert (told["leakage"], told["leakage_exact"]) == (1, 1), "a stage trains on an item of it"
+    assert any(line.startswith("law: only 2 test examples") for line in found.warnings)
+    assert any(line.startswith("law: 1 held-out examples have their like") for line in found.warnings)
+    assert not any("training examples" in line for line in found.warnings)
+
+
+@pytest.mark.parametrize("change", ["masked", "endless", "empty"])
+def test_an_extra_domain_that_cannot_be_scored_is_refused(renderer: Renderer, change: str) -> None:
+    general = stage(renderer, [example(0)], [example(1)], [example(2)])
+    law = stage(renderer, [example(3)], [], [] if change == "empty" else [example(4)], name="law")
+    message = "stage law: the test part is empty"
+    if change != "empty":
+        item = law.rendered["test"][0]
+        if change == "masked":
+            branches = tuple(Branch(b.ids, (False,) * len(b.ids)) for b in item.branches)
+            message = "stage law: 1 examples have an answer without one supervised token"
+        else:
+            branches = tuple(Branch(b.ids[:-1], b.supervised[:-1]) for b in item.branches)
+            message = "stage law: 1 answers do not end with the end-of-turn token"
+        broken = dataclasses.replace(item, branches=branches)
+        law = dataclasses.replace(law, rendered={**law.rendered, "test": (broken,)})
+    with pytest.raises(DataError, match=message):
+        check_data([general], renderer, SplitSpec(), [law])
+
+
 def test_an_answer_without_its_end_is_refused(renderer: Renderer) -> None:
     data = stage(renderer, [example(0)], [example(1)], [example(2)])
     endless = dataclasses.replace(

@@ -142,6 +142,15 @@ def test_every_mistake_is_told_at_once_up_to_eight(load, tmp_path):
     assert lines[-1] == "… and 4 more"
 
 
+def test_domains_need_a_sealed_test(load, tmp_path):
+    text = GOOD.replace("train: 0.6", "train: 0.8").replace("test: 0.2", "test: 0")
+    message = refusal(load, tmp_path, text.replace("samples: 2", "domains: {law: law.jsonl}"))
+    assert message == (
+        "r.yaml:4: split.test: is 0, so evaluate.domains would never be scored; give it a share, or leave them out"
+    )
+    assert load(text)
+
+
 def test_last_needs_no_context_that_has_faded_to_nothing(load):
     faded = GOOD.replace("to: 0.5", "to: 0.0")
     assert load(faded.replace("candidates: 8", "members: [clinic, preference], weights: last"))

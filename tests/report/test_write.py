@@ -458,3 +458,17 @@ def test_ramp_ends_and_brightens():
     assert ramp(1) == "#fee838"
     green = [int(ramp(k / 20)[3:5], 16) for k in range(21)]
     assert green == sorted(green)
+
+
+def test_the_mixed_baseline_has_its_settings_and_curve():
+    data = make_data()
+    before = render_report(data)
+    data["mixed"] = make_stage("mixed", "sft", ())
+    page = render_report(data)
+    assert "baseline: one adapter on the data of all stages, mixed" in page
+    assert "Settings and counts of mixed" in page
+    assert "adapter mixed" in page
+    assert "sha256:mixed-digest" in page
+    assert "Settings and counts of mixed" not in before
+    graph = re.compile(r'<section id="lineage">.*?</section>', re.DOTALL)
+    assert graph.search(page)[0] == graph.search(before)[0], "it is no part of what is delivered"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from lorchestra.data.split import Splits, SplitSpec
 from lorchestra.errors import DataError
 
 FEW_TRAIN, FEW_HELD_OUT = 50, 20
+PARTS = ("train", "validation", "test")
 SHOWN = 3  # rendered examples a stage
 
 
@@ -105,7 +106,7 @@ class StageCheck:
 
 @dataclass(frozen=True)
 class Check:
-    """What was found, stage by stage."""
+    """What was found, stage by stage, and in the extra domains of the verdict after them."""
 
     stages: tuple[StageCheck, ...]
 
@@ -119,31 +120,45 @@ class Check:
         return {stage.name: stage.as_dict() for stage in self.stages}
 
 
-def check_data(stages: Sequence[StageData], renderer: Renderer, spec: SplitSpec | None = None) -> Check:
+def check_data(
+    stages: Sequence[StageData],
+    renderer: Renderer,
+    spec: SplitSpec | None = None,
+    domains: Sequence[StageData] = (),
+) -> Check:
     """Look at all stages together: what is held out in one must not be trained on in another.
 
     Args:
         stages: rendered with ``renderer``.
         renderer: for the end-of-turn token and the text of examples.
         spec: as they were split; a part with a share above 0 must not be empty.
+        domains: data for the verdict alone, of which nothing but the sealed test is looked at.
 
     Raises:
         DataError: an empty part, an example with nothing supervised, an answer without its end-of-turn token.
     """
     spec = spec or SplitSpec()
-    for stage in stages:
-        _refuse_empty(stage, spec)
+    for stage in (*stages, *domains):
+        _refuse_empty(stage, spec, PARTS if stage in stages else ("test",))
+    looked_at = [*stages, *(_sealed(domain) for domain in domains)]
+    for stage in looked_at:
         _refuse_masked(stage)
         _refuse_endless(stage, renderer)
-    found = alike([(stage.name, part, e) for stage in stages for part, items in stage.splits.parts() for e in items])
-    return Check(tuple(_stage(stage, renderer, found[stage.name]) for stage in stages))
+    found = alike([(stage.name, part, e) for stage in looked_at for part, items in stage.splits.parts() for e in items])
+    return Check(tuple(_stage(stage, renderer, found[stage.name]) for stage in looked_at))
 
 
-def _refuse_empty(stage: StageData, spec: SplitSpec) -> None:
+def _sealed(domain: StageData) -> StageData:
+    """Its sealed test alone: the rest is not read by anything."""
+    splits = replace(domain.splits, train=(), validation=())
+    return replace(domain, splits=splits, rendered={"train": (), "validation": (), "test": domain.rendered["test"]})
+
+
+def _refuse_empty(stage: StageData, spec: SplitSpec, needed: Sequence[str]) -> None:
     total = sum(len(examples) for _, examples in stage.splits.parts())
     groups = len({example.group for _, examples in stage.splits.parts() for example in examples})
     for part, examples in stage.splits.parts():
-        if not examples and getattr(spec, part) > 0:
+        if not examples and part in needed and getattr(spec, part) > 0:
             raise EmptyPartError(
                 f"stage {stage.name}: the {part} part is empty. Its {total} examples make {groups} groups, and a hash "
                 f"puts {getattr(spec, part):.0%} of the groups there. Give more examples, a larger share, another "
@@ -205,7 +220,7 @@ def _stage(stage: StageData, renderer: Renderer, found: Alike) -> StageCheck:
     for loaded in stage.loaded:
         dropped.update(loaded.dropped)
     counts = {part: len(examples) for part, examples in stage.splits.parts()}
-    shown = [renderer.spans(item) for item in stage.rendered["train"][:SHOWN]]
+    shown = [renderer.spans(item) for item in rendered[:SHOWN]]
     return StageCheck(
         name=stage.name,
         task=stage.task,
@@ -235,7 +250,7 @@ def _warnings(
 ) -> list[str]:
     total = sum(counts.values())
     out = list(renderer.notes)
-    if counts["train"] < FEW_TRAIN:
+    if 0 < counts["train"] < FEW_TRAIN:
         out.append(f"only {counts['train']} training examples: the adapter will hardly learn more than their form")
     for part in ("validation", "test"):
         if 0 < counts[part] < FEW_HELD_OUT:

@@ -105,7 +105,8 @@ def prepare(recipe: Recipe, reporter: Reporter = SILENT, fetch: bool = True) -> 
     spec = split_spec(recipe)
     for extra, entries in recipe.evaluate.domains.items():
         data[extra] = _stage_data(recipe, extra, "sft", entries, renderer, lock, reporter, fetch)
-    check = check_data([data[stage.name] for stage in recipe.stages], renderer, spec)
+    domains = [data[name] for name in recipe.evaluate.domains]
+    check = check_data([data[stage.name] for stage in recipe.stages], renderer, spec, domains)
     return Prepared(recipe, directory, base, tokenizer, renderer, data, check, adapters)
 
 

@@ -144,6 +144,12 @@ def something_to_search_on(recipe: Recipe) -> Iterable[Problem]:
         )
 
 
+def something_to_judge_on(recipe: Recipe) -> Iterable[Problem]:
+    """Of a domain nothing but the sealed test is read."""
+    if recipe.evaluate.domains and recipe.split.test == 0:
+        yield ("split", "test"), "is 0, so evaluate.domains would never be scored; give it a share, or leave them out"
+
+
 def device(recipe: Recipe) -> Iterable[Problem]:
     """The device is one that torch could have."""
     if not DEVICE.match(recipe.device):
@@ -174,7 +180,7 @@ def whole_stack(recipe: Recipe) -> Iterable[Problem]:
 
 RULES = (
     names, contexts, stage_settings, how_long, preference_losses, members, given_weights, whole_stack,
-    something_to_search_on, device, variables,
+    something_to_search_on, something_to_judge_on, device, variables,
 )  # fmt: skip
 
 

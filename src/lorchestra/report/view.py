@@ -24,6 +24,8 @@ def page(data: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that the template needs; sections without content are empty."""
     stages, fusion, merge = records(data.get("stages")), mapping(data.get("fusion")), mapping(data.get("merge"))
     hues = _hues(stages, fusion)
+    mixed = [{**found, "baseline": True} for found in records([data.get("mixed")])]
+    trained = [*stages, *mixed]
     verdict, evaluation = mapping(data.get("verdict")), mapping(data.get("evaluation"))
     comparison = Comparison(evaluation)
     return {
@@ -44,14 +46,14 @@ def page(data: Mapping[str, Any]) -> dict[str, Any]:
         "graph": _graph(mapping(data.get("base")), stages, fusion, merge, hues),
         "tables": comparison.estimates(),
         "differences": comparison.differences(),
-        "stages": [_stage(stage, hues) for stage in stages],
+        "stages": [_stage(stage, {"mixed": len(hues), **hues}) for stage in trained],
         "search": search_section(mapping(data.get("search")), hues),
         "fusion": fusion_section(fusion, hues),
         "merge": merge_section(merge),
         "samples": records(data.get("samples")),
         "checks": [_check(name, mapping(found)) for name, found in mapping(data.get("data")).items()],
         "steps": records(data.get("steps")),
-        "digests": _digests(data, stages, fusion, evaluation),
+        "digests": _digests(data, trained, fusion, evaluation),
         "settings": flat(data.get("settings")),
         "recipe": str(data.get("recipe_text") or ""),
     }
@@ -145,6 +147,7 @@ def _stage(stage: Mapping[str, Any], hues: Mapping[str, int]) -> dict[str, Any]:
         f"{number(len(history))} steps" if history else None,
         duration(stage["seconds"]) if finite(stage.get("seconds")) else None,
         f"beside {context}" if context else "on the bare base",
+        "baseline: one adapter on the data of all stages, mixed" if stage.get("baseline") else None,
     )
     return {
         "name": stage.get("name"),
