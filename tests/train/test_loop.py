@@ -11,7 +11,7 @@ import torch
 from tests.conftest import make_tiny_model
 from tests.train.conftest import KillAfter, KilledError, adapter_for, inputs, pairs, run, sft_items
 
-from lorchestra.errors import Interrupted, TrainingError
+from lorchestra.errors import Interrupted, TrainingError, UserError
 from lorchestra.events import Silent
 from lorchestra.train.loop import Loop, smoothed_loss
 from lorchestra.train.settings import ContextMember, LoraSettings, Objective, TrainSettings
@@ -99,10 +99,35 @@ def test_gradient_checkpointing_changes_nothing(tiny_model, tmp_path):
     assert not any(m.training for m in tiny_model.modules())
 
 
-def test_tensorboard_hears_of_it(tiny_model, tmp_path):
-    train = TrainSettings(max_steps=2, batch_size=4, report_to=("tensorboard",))
-    run(tiny_model, tmp_path, inputs(train=train), log_directory=tmp_path / "logs")
-    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+def test_tensorboard_hears_of_every_step_validation_and_weight(tiny_model, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train = TrainSettings(max_steps=4, batch_size=4, eval_every=2, report_to=("tensorboard",))
+    context = {"old": (adapter_for(tiny_model, 1), ContextMember(schedule="linear", to=0.5))}
+    progress = run(tiny_model, tmp_path, inputs(train=train, context=context), log_directory=tmp_path / "logs").progress
+    heard = {}
+    for file in (tmp_path / "logs").rglob("events.out.tfevents.*"):
+        events = EventAccumulator(str(file)).Reload()
+        for tag in events.Tags()["scalars"]:
+            heard[tag] = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in events.Scalars(tag)]
+    for key in ("loss", "learning_rate", "gradient_norm"):
+        assert [(row["step"], row[key]) for row in progress.history] == heard[key]
+    assert [(row["step"], row["loss"]) for row in progress.validation] == heard["validation_loss"]
+    assert [step for step, _ in heard["validation_loss"]] == [0, 2, 4]
+    assert [(row["step"], row["context"]["old"]) for row in progress.history] == heard["context/old"]
+
+
+def test_a_tracker_that_will_not_start_is_told_in_a_sentence(tiny_model, tmp_path, monkeypatch):
+    """As MLflow does with a store it has given up, and W&B without a login."""
+    from accelerate.tracking import TensorBoardTracker
+
+    def refuse(self):
+        raise RuntimeError("not logged in")
+
+    monkeypatch.setattr(TensorBoardTracker, "start", refuse)
+    train = TrainSettings(max_steps=1, report_to=("tensorboard",))
+    with pytest.raises(UserError, match=r"report_to: tensorboard cannot be started: not logged in\nMend this"):
+        run(tiny_model, tmp_path, inputs(train=train), log_directory=tmp_path / "logs")
 
 
 def pressing(monkeypatch, at, times=1):

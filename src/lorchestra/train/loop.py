@@ -77,6 +77,7 @@ class Loop:
             log_with=list(settings.report_to) or None,
             project_dir=str(log_directory) if log_directory else None,
         )
+        self.log_directory = log_directory
         optimizer = torch.optim.AdamW(
             member.parameters(),
             lr=settings.learning_rate,
@@ -101,11 +102,7 @@ class Loop:
             Interrupted: Ctrl-C; the last whole step is checkpointed.
         """
         progress = self.checkpoints.restore(self.accelerator)
-        if self.settings.report_to:
-            # Trackers take plain scalars only.
-            settings = self.settings.model_dump(mode="json").items()
-            scalars = {k: v for k, v in settings if isinstance(v, (str, int, float))}
-            self.accelerator.init_trackers("lorchestra", {"stage": self.name, **scalars})
+        self._start_trackers()
         self.member.train()
         if progress.step:
             self.reporter.say(f"{self.name}: resumed after step {progress.step} of {self.plan.steps}")
@@ -141,8 +138,8 @@ class Loop:
         self._trained += row["tokens"]
         self._training += spent
         self.reporter.event("train_step", stage=self.name, **row)
-        if self.settings.report_to:
-            self.accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=progress.step)
+        context = {f"context/{name}": weight for name, weight in row.get("context", {}).items()}
+        self._track({key: value for key, value in row.items() if isinstance(value, float)} | context, progress.step)
         task.advance(1, training_loss=smoothed_loss(progress.history), tokens_per_s=self._trained / self._training)
         self.interrupts.answer()
         validated = self._validation_is_due(progress)
@@ -152,6 +149,34 @@ class Loop:
                 task.advance(0, validation_loss=progress.validation[-1]["loss"])
         if validated or progress.step % self.settings.checkpoint_every == 0:
             self._save(progress)
+
+    def _start_trackers(self) -> None:
+        """One run of each tracker a stage, under the stage's name.
+
+        Raises:
+            UserError: a tracker will not start (no login, a server that is away, a store it does not take).
+        """
+        if not self.settings.report_to:
+            return
+        wandb = {"name": self.name}
+        if self.log_directory is not None:  # else W&B writes to where one happens to stand
+            self.log_directory.mkdir(parents=True, exist_ok=True)
+            wandb["dir"] = str(self.log_directory)
+        settings = self.settings.model_dump(mode="json").items()
+        scalars = {k: v for k, v in settings if isinstance(v, (str, int, float))}  # trackers take nothing else
+        options = {"wandb": wandb, "mlflow": {"run_name": self.name}}
+        try:
+            self.accelerator.init_trackers("lorchestra", {"stage": self.name, **scalars}, options)
+        except OSError:
+            raise
+        except Exception as error:  # each tracker raises what it likes
+            wanted = ", ".join(self.settings.report_to)
+            raise UserError(f"report_to: {wanted} cannot be started: {error}\nMend this, or leave it out") from error
+
+    def _track(self, figures: Mapping[str, float], step: int) -> None:
+        """Pass ``figures`` of step ``step`` on to the trackers."""
+        if self.settings.report_to:
+            self.accelerator.log(dict(figures), step=step)
 
     def _save(self, progress: Progress) -> None:
         with self.interrupts.held():
@@ -222,6 +247,7 @@ class Loop:
         if loss is None:
             return
         self.reporter.event("validation", stage=self.name, step=progress.step, loss=loss)
+        self._track({"validation_loss": loss}, progress.step)
         with self.interrupts.held():
             progress.seconds += time.perf_counter() - started
             progress.validation.append({"step": progress.step, "loss": loss})
