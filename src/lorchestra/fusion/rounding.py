@@ -21,6 +21,7 @@ from lorchestra.errors import SourceError, UserError
 from lorchestra.fusion.assign import CODES, KINDS, Output
 
 TILE = 1 << 17  # entries of a tile: its float32 temporaries stay in the processor's cache
+FEWEST = 8  # rows of a tile; see pieces
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -128,14 +129,15 @@ def move_rows(files: tuple[int, int], output: Output, start: int, rows: range, a
     """
     _, columns = matrix(output.source.shape)
     kind = KINDS[output.source.dtype]
-    step = min(max(TILE // columns, 1), len(rows))
-    raw = bytearray(step * columns * kind.itemsize)
-    stored = torch.frombuffer(raw, dtype=kind).view(step, columns)
-    after = torch.empty(step, columns, dtype=output.kind)
-    spare = [torch.empty(step, columns) for _ in range(4 if addend else 0)]
+    tiles = pieces(rows, TILE // columns)
+    most = max(len(tile) for tile in tiles)
+    raw = bytearray(most * columns * kind.itemsize)
+    stored = torch.frombuffer(raw, dtype=kind).view(most, columns)
+    after = torch.empty(most, columns, dtype=output.kind)
+    spare = [torch.empty(most, columns) for _ in range(4 if addend else 0)]
     sums = []
-    for row in range(rows.start, rows.stop, step):
-        count = min(step, rows.stop - row)
+    for tile in tiles:
+        row, count = tile.start, len(tile)
         view = memoryview(raw)[: count * columns * kind.itemsize]
         read_at(files[0], view, output.source.first + row * columns * kind.itemsize, output.name)
         if addend is None and kind == output.kind:
@@ -154,6 +156,18 @@ def move_rows(files: tuple[int, int], output: Output, start: int, rows: range, a
 def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns under which a tensor is moved."""
     return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+
+
+def pieces(rows: range, step: int) -> list[range]:
+    """``rows`` in pieces of about ``step``, none of fewer than :data:`FEWEST` unless there are no more.
+
+    Linear algebra libraries have kernels of their own for a product of a few rows, which sum in another order: its last
+    bits are not those of the same rows in a larger product.
+    """
+    starts = list(range(rows.start, rows.stop, max(step, FEWEST)))
+    if len(starts) > 1 and rows.stop - starts[-1] < FEWEST:
+        starts.pop()
+    return [range(first, last) for first, last in zip(starts, [*starts[1:], rows.stop], strict=True)]
 
 
 def _add(output: Output, weight: Tensor, left: Tensor, right: Tensor, after: Tensor, spare: list[Tensor]) -> Sums:

@@ -34,7 +34,7 @@ from lorchestra.errors import Interrupted, LorchestraError, SourceError, Storage
 from lorchestra.events import SILENT, Reporter, Task
 from lorchestra.fusion.assign import DTYPES, Output, Shard, plan_shards
 from lorchestra.fusion.merge_journal import NAME, Done, Journal, file_digest
-from lorchestra.fusion.rounding import Addend, Sums, matrix, move_rows, write_at
+from lorchestra.fusion.rounding import Addend, Sums, matrix, move_rows, pieces, write_at
 
 # Entries that a thread takes at once.
 JOB = 1 << 22
@@ -236,11 +236,9 @@ def _addend(adapter: Adapter, output: Output) -> Addend | None:
     return Addend.of(adapter.modules[output.module], output.module in adapter.transposed)
 
 
-def _jobs(output: Output) -> Iterator[range]:
+def _jobs(output: Output) -> list[range]:
     rows, columns = matrix(output.source.shape)
-    step = max(JOB // max(columns, 1), 1)
-    if output.size:
-        yield from (range(first, min(first + step, rows)) for first in range(0, rows, step))
+    return pieces(range(rows), JOB // columns) if output.size else []
 
 
 def _collect(shard: Shard, jobs: Sequence[Sequence[Future[Sums]]], adapter: Adapter, task: Task) -> dict[str, Sums]:
