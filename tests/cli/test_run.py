@@ -78,8 +78,8 @@ def test_plan_run_plan_and_talk_to_the_result(lorchestra, recipe, tmp_path):
         assert place in told.out
     assert "lorchestra chat runs/tiny/final/model" in told.out
     # What happened meanwhile is on standard error.
-    assert "train general: step 4/4, loss" in told.err
-    assert "search weights: candidate 6/6" in told.err
+    assert "train general: step 4/4, training loss" in told.err
+    assert "search weights: pass" in told.err
     assert "sealed test: item" in told.err
     assert "merge: 0.1 MB/0.1 MB" in told.err
 
@@ -228,7 +228,9 @@ VERBS = (
     "merge-lora",
     "merge",
     "fuse",
+    "search",
     "inspect",
+    "diagnose",
     "chat",
     "eval",
     "doctor",

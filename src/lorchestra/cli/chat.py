@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorchestra.cli.completion import models
 from lorchestra.cli.options import Adapters, Device, Dtype, number, weighted
 from lorchestra.errors import UserError
 
@@ -23,7 +24,10 @@ HELP = "/weights NAME=WEIGHT … changes the mixture, /reset forgets the convers
 
 def chat(
     base: Annotated[
-        str, typer.Argument(metavar="BASE", help="Model directory, org/name, GGUF file, or an adapter directory.")
+        str,
+        typer.Argument(
+            metavar="BASE", help="Model directory, org/name, GGUF file, or an adapter directory.", autocompletion=models
+        ),
     ],
     adapter: Adapters = None,
     system: Annotated[str, typer.Option("--system", help="A system prompt.")] = "",

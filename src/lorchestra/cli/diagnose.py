@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorchestra.cli import terminal
 from lorchestra.cli.options import Device, Dtype, Field, Format, Json, fields_of, named_adapters
 from lorchestra.errors import UserError
 
@@ -176,13 +177,12 @@ def _write(told: Mapping[str, Any], output: Path) -> None:
 
 
 def _show(found: Diagnosis, told: Mapping[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     def text(value: float | None, form: str) -> str:
         return "–" if value is None else format(value, form)
 
-    console = Console(highlight=False, markup=False, width=None if Console().is_terminal else 200)
+    console = terminal.console(markup=False)
     table = Table("adapter", "‖ΔW‖", "‖ΔW‖/‖W‖", "modules", "rank", "effective", "90 %", "99 %", box=None)
     for name, row in told["adapters"].items():
         table.add_row(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorchestra.cli.completion import among, models
 from lorchestra.cli.in_flags import in_flags
 from lorchestra.cli.options import Adapters, Device, Dtype, Field, Format, Json, fields_of, listed, weighted
 from lorchestra.errors import UserError
@@ -30,11 +31,19 @@ NAMES = {
 
 def evaluate(
     base: Annotated[
-        str, typer.Argument(metavar="BASE", help="Model directory, org/name, GGUF file, or an adapter directory.")
+        str,
+        typer.Argument(
+            metavar="BASE", help="Model directory, org/name, GGUF file, or an adapter directory.", autocompletion=models
+        ),
     ],
     data: Annotated[str, typer.Option("--data", metavar="DATA", help="Files, hf: or pip: sources, with commas.")],
     adapter: Adapters = None,
-    task: Annotated[str, typer.Option("--task", help="sft, dpo, or auto: dpo for preference pairs.")] = "auto",
+    task: Annotated[
+        str,
+        typer.Option(
+            "--task", help="sft, dpo, or auto: dpo for preference pairs.", autocompletion=among("auto", "sft", "dpo")
+        ),
+    ] = "auto",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Examples of each source.")] = None,
     max_length: Annotated[int, typer.Option("--max_length", min=8, help="Tokens an example.")] = 2048,
     system: Annotated[str | None, typer.Option("--system", help="System prompt where there is none.")] = None,
@@ -135,8 +144,9 @@ def _sealed(examples: Sequence[Any], data: str, mounted: Mounted) -> dict[str, i
 
 
 def _show(rows: Sequence[Row], changes: Sequence[Difference], told: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from lorchestra.cli.terminal import console
 
     models = list(dict.fromkeys(row.model for row in rows))
     table = Table("", *models, *(["difference"] if changes else []), box=None)
@@ -146,14 +156,14 @@ def _show(rows: Sequence[Row], changes: Sequence[Difference], told: dict[str, An
             if change.metric == metric:
                 cells.append(f"{change.interval} {_said(change)}")
         table.add_row(NAMES[metric], *cells)
-    console = Console(highlight=False, markup=False, width=None if Console().is_terminal else 200)
-    console.print(
+    out = console(markup=False)
+    out.print(
         f"{told['examples']:,} examples in {told['groups']:,} groups, {told['gold_tokens']:,} answer tokens; "
         "95 % intervals"
     )
-    console.print(table)
+    out.print(table)
     if sealed := told["sealed_test"]:
-        console.print(
+        out.print(
             f"{sealed['items']:,} of these examples belong to a sealed test, which has been read {sealed['reads']}×, "
             "this time included."
         )

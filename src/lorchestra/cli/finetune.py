@@ -13,18 +13,7 @@ import typer
 
 from lorchestra.cli import training_flags as flags
 from lorchestra.cli.in_flags import in_flags
-from lorchestra.cli.options import (
-    Device,
-    Dtype,
-    Field,
-    Format,
-    Json,
-    Weighted,
-    fields_of,
-    listed,
-    refuse_overwriting,
-    weighted,
-)
+from lorchestra.cli.options import Weighted, fields_of, listed, refuse_overwriting, weighted
 from lorchestra.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,47 +21,8 @@ if TYPE_CHECKING:
     from lorchestra.recipe.recipe import Recipe
 
 
-def ft(
-    context: typer.Context,
-    model_name_or_path: flags.Model,
-    dataset: flags.Dataset,
-    output_dir: flags.OutputDir,
-    peft_type: flags.PeftType = "lora",
-    lora_rank: flags.Rank = 8,
-    lora_alpha: flags.Alpha = 16.0,
-    lora_dropout: flags.Dropout = 0.0,
-    target_modules: flags.Targets = "all-linear",
-    scaling: flags.Scaling = "rslora",
-    init_method: flags.Init = "kaiming",
-    sigma: flags.Sigma = 0.02,
-    num_train_epochs: flags.Epochs = 3.0,
-    max_steps: flags.MaxSteps = None,
-    learning_rate: flags.Rate = 2e-4,
-    per_device_train_batch_size: flags.Batch = 8,
-    gradient_accumulation_steps: flags.Accumulation = 1,
-    lr_scheduler_type: flags.Schedule = "cosine",
-    warmup_ratio: flags.Warmup = 0.05,
-    weight_decay: flags.Decay = 0.0,
-    max_grad_norm: flags.Clip = 1.0,
-    eval_steps: flags.EvalSteps = None,
-    early_stopping_patience: flags.Patience = 2,
-    gradient_checkpointing: flags.Recompute = False,
-    seed: flags.Seed = 0,
-    data_seed: flags.DataSeed = None,
-    val_ratio: flags.ValRatio = None,
-    max_length: flags.MaxLength = 1024,
-    max_samples: flags.MaxSamples = None,
-    system: flags.System = None,
-    format: Format = "auto",
-    field: Field = None,
-    adapter: flags.Beside = None,
-    report_to: flags.ReportTo = "none",
-    logging_dir: flags.LogDir = None,
-    save_steps: flags.SaveSteps = 20,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    as_json: Json = False,
-) -> None:
+@flags.taking(flags.SHARED, learning_rate=2e-4)
+def ft(context: typer.Context) -> None:
     """Train one LoRA adapter on your examples (supervised fine-tuning).
 
     Killed and started again, it goes on where it stopped; repeated, it is answered from the cache.
@@ -87,51 +37,8 @@ def ft(
     _train("sft", context.params)
 
 
-def dpo(
-    context: typer.Context,
-    model_name_or_path: flags.Model,
-    dataset: flags.Dataset,
-    output_dir: flags.OutputDir,
-    ref_adapter_path: flags.Reference = None,
-    adapter: flags.Beside = None,
-    beta: flags.Beta = 0.1,
-    loss_type: flags.Loss = "sigmoid",
-    label_smoothing: flags.Smoothing = 0.0,
-    peft_type: flags.PeftType = "lora",
-    lora_rank: flags.Rank = 8,
-    lora_alpha: flags.Alpha = 16.0,
-    lora_dropout: flags.Dropout = 0.0,
-    target_modules: flags.Targets = "all-linear",
-    scaling: flags.Scaling = "rslora",
-    init_method: flags.Init = "kaiming",
-    sigma: flags.Sigma = 0.02,
-    num_train_epochs: flags.Epochs = 3.0,
-    max_steps: flags.MaxSteps = None,
-    learning_rate: flags.Rate = 5e-5,
-    per_device_train_batch_size: flags.Batch = 8,
-    gradient_accumulation_steps: flags.Accumulation = 1,
-    lr_scheduler_type: flags.Schedule = "cosine",
-    warmup_ratio: flags.Warmup = 0.05,
-    weight_decay: flags.Decay = 0.0,
-    max_grad_norm: flags.Clip = 1.0,
-    eval_steps: flags.EvalSteps = None,
-    early_stopping_patience: flags.Patience = 2,
-    gradient_checkpointing: flags.Recompute = False,
-    seed: flags.Seed = 0,
-    data_seed: flags.DataSeed = None,
-    val_ratio: flags.ValRatio = None,
-    max_length: flags.MaxLength = 1024,
-    max_samples: flags.MaxSamples = None,
-    system: flags.System = None,
-    format: Format = "auto",
-    field: Field = None,
-    report_to: flags.ReportTo = "none",
-    logging_dir: flags.LogDir = None,
-    save_steps: flags.SaveSteps = 20,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    as_json: Json = False,
-) -> None:
+@flags.taking({**flags.PREFERENCE, **flags.SHARED}, learning_rate=5e-5)
+def dpo(context: typer.Context) -> None:
     """Train one LoRA adapter on preference pairs (prompt, chosen, rejected).
 
     The reference is the base with the context's adapters, frozen as they are; with the new adapter at zero the loss
@@ -248,6 +155,8 @@ def _names(text: str) -> list[str]:
 
 
 def _summary(tuned: Tuned, beside: list[Weighted]) -> dict[str, Any]:
+    from lorchestra.train.loop import smoothed_loss
+
     training = tuned.training
     parts = ["lorchestra", "chat", str(tuned.directory)]
     for member in beside:
@@ -261,7 +170,7 @@ def _summary(tuned: Tuned, beside: list[Weighted]) -> dict[str, Any]:
         "stopped_early": training["stopped"],
         "loss_before": tuned.before,
         "loss_after": tuned.after,
-        "training_loss": training["history"][-1]["loss"],
+        "training_loss": smoothed_loss(training["history"]),
         "seconds": round(training["seconds"], 1),
         "tokens": training["tokens"],
         "rank": training["lora"]["rank"],
@@ -273,19 +182,21 @@ def _summary(tuned: Tuned, beside: list[Weighted]) -> dict[str, Any]:
 
 
 def _lines(tuned: Tuned, told: Mapping[str, Any]) -> list[str]:
-    from lorchestra.cli.progress import duration
-
     lora, before, after = tuned.training["lora"], tuned.before, tuned.after
-    trained = "trained before, from the cache" if tuned.cached else f"trained in {duration(told['seconds'])}"
     held = tuned.examples.get("validation", 0)
     out = [
-        f"{told['output_dir']}: {trained}; {tuned.examples['train']:,} examples ({held:,} more held back), "
-        f"{told['steps']:,} steps{', stopped early' if told['stopped_early'] else ''}"
+        f"{told['output_dir']}: {'trained before, from the cache' if tuned.cached else 'trained'}; "
+        f"{tuned.examples['train']:,} examples ({held:,} more held back), {told['steps']:,} steps"
+        f"{', stopped early' if told['stopped_early'] else ''}"
     ]
+    trained = f"training loss {told['training_loss']:.3f} (mean of the last steps, at most 20)"
     if before is None or after is None:
-        out.append(f"training loss {told['training_loss']:.3f} at the last step (no validation)")
+        out.append(f"{trained}; no validation")
     else:
-        out.append(f"validation loss {before:.3f} → {after:.3f} (the best, after step {told['best_step']:,}, is kept)")
+        out.append(
+            f"validation loss {before:.3f} → {after:.3f} on the examples held back (the best, after step "
+            f"{told['best_step']:,}, is kept); {trained}"
+        )
         if after >= before:
             out.append("It did not get better than the base: more or other examples, or a lower --learning_rate?")
     out.append(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorchestra.cli.completion import models
 from lorchestra.cli.in_flags import in_flags
 from lorchestra.cli.options import Field, fields_of
 from lorchestra.errors import UserError
@@ -33,7 +34,10 @@ def init(
             "are recognised. Without it, example files are written.",
         ),
     ] = None,
-    base: Annotated[str, typer.Option("--base", metavar="SOURCE", help="A directory, org/name, GGUF or pip:.")] = BASE,
+    base: Annotated[
+        str,
+        typer.Option("--base", metavar="SOURCE", help="A directory, org/name, GGUF or pip:.", autocompletion=models),
+    ] = BASE,
     field: Field = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
 ) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorchestra.cli.completion import adapters
 from lorchestra.cli.options import Json
 
 if TYPE_CHECKING:
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A PEFT adapter directory, or hf:org/name.")],
+    adapter: Annotated[
+        str,
+        typer.Argument(metavar="ADAPTER", help="A PEFT adapter directory, or hf:org/name.", autocompletion=adapters),
+    ],
     sigma: Annotated[float, typer.Option(min=0, help="σ that an untrained A is judged against (σ/√r).")] = 0.02,
     as_json: Json = False,
 ) -> None:

@@ -25,9 +25,10 @@ def duration(seconds: float) -> str:
 
 
 def figure(key: str, value: Any) -> str:
-    """``loss 2.313``, ``412 tokens/s``."""
+    """``training loss 2.313``, ``412 tokens/s``."""
     if key.endswith("_per_s"):
         return f"{value:,.0f} {key.removesuffix('_per_s')}/s"
+    key = key.replace("_", " ")
     return f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorchestra.cli.progress import duration
+from lorchestra.cli.terminal import console
 
 if TYPE_CHECKING:
     from lorchestra.data.check import Check, StageCheck
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from lorchestra.pipeline.execute import RunResult
     from lorchestra.pipeline.plan import Plan, PlannedStep
 
-WIDE = 200  # columns of a pipe or file
 MOST = 600  # characters shown of a stretch of an example
 METRICS = {
     "nll": "loss",
@@ -31,12 +31,6 @@ METRICS = {
     "loss_ratio": "loss / base",
 }
 STATES = {"cached": "green", "here": "green", "begun": "cyan", "to fetch": "yellow"}
-
-
-def console() -> Console:
-    """Standard output: the terminal's width, or wide lines without colour."""
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=WIDE, color_system=None)
 
 
 def show_result(result: RunResult) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorchestra.cli.completion import recipes
 from lorchestra.cli.options import Json
 from lorchestra.errors import Interrupted
 
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
     from lorchestra.recipe.recipe import Recipe
 
 RecipeFile = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="A recipe, in YAML; `lorchestra init` writes one.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe, in YAML; `lorchestra init` writes one.",
+        show_default=False,
+        autocompletion=recipes,
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,

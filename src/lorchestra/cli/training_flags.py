@@ -2,31 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import wraps
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lorchestra.cli.completion import adapters, among, listed_among, models
+from lorchestra.cli.options import Device, Dtype, Field, Format, Json
+
+Verb = Callable[[typer.Context], None]
+
+# For Tab. What is right is decided by the settings of a stage (train/settings.py).
+SCALINGS = ("lora", "rslora", "constant")
+INITS = ("kaiming", "gaussian", "rescaled", "orthogonal")
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+TARGETS = ("all-linear", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 _LORA, _TRAINING, _DATA, _CONTEXT, _RUN = "Adapter", "Training", "Data", "Context", "Run"
 
 
-def _flag(panel: str | None, name: str, value: str | None, help: str, *, short: str = "", **more: Any) -> Any:
-    """``--name VALUE`` in a panel of the help. ``value`` ``None``: a switch."""
+def _flag(
+    panel: str | None, name: str, value: str | None, help: str, *, short: str = "", tab: Any = None, **more: Any
+) -> Any:
+    """``--name VALUE`` in a panel of the help; ``tab`` offers values. ``value`` ``None``: a switch."""
     names = (f"--{name}", short) if short else (f"--{name}",)
-    return typer.Option(*names, metavar=value, help=help, rich_help_panel=panel, **more)
+    return typer.Option(*names, metavar=value, help=help, rich_help_panel=panel, autocompletion=tab, **more)
 
 
-Model = Annotated[str, _flag(None, "model_name_or_path", "BASE", "A directory, org/name, GGUF file or pip: source.")]
+Model = Annotated[
+    str,
+    _flag(None, "model_name_or_path", "BASE", "A directory, org/name, GGUF file or pip: source.", tab=models),
+]
 Dataset = Annotated[list[str], _flag(None, "dataset", "DATA", "Files, hf: or pip: sources, with commas.")]
 OutputDir = Annotated[Path, _flag(None, "output_dir", "DIR", "Where the adapter goes.", short="-o")]
 
-PeftType = Annotated[str, _flag(_LORA, "peft_type", "TYPE", "Only lora.")]
+PeftType = Annotated[str, _flag(_LORA, "peft_type", "TYPE", "Only lora.", tab=among("lora"))]
 Rank = Annotated[int, _flag(_LORA, "lora_rank", "N", "r.")]
 Alpha = Annotated[float, _flag(_LORA, "lora_alpha", "X", "α.")]
 Dropout = Annotated[float, _flag(_LORA, "lora_dropout", "X", "Of the inputs of A.")]
-Targets = Annotated[str, _flag(_LORA, "target_modules", "NAMES", "all-linear, or names with commas.")]
-Scaling = Annotated[str, _flag(_LORA, "scaling", "NAME", "lora (α/r), rslora (α/√r) or constant (α).")]
-Init = Annotated[str, _flag(_LORA, "init_method", "NAME", "Of A: kaiming, gaussian, rescaled (σ/√r) or orthogonal.")]
+Targets = Annotated[
+    str,
+    _flag(_LORA, "target_modules", "NAMES", "all-linear, or names with commas.", tab=listed_among(*TARGETS)),
+]
+Scaling = Annotated[
+    str, _flag(_LORA, "scaling", "NAME", "lora (α/r), rslora (α/√r) or constant (α).", tab=among(*SCALINGS))
+]
+Init = Annotated[
+    str,
+    _flag(_LORA, "init_method", "NAME", "Of A: kaiming, gaussian, rescaled (σ/√r) or orthogonal.", tab=among(*INITS)),
+]
 Sigma = Annotated[float, _flag(_LORA, "sigma", "X", "σ of the rescaled initialisation.")]
 
 Epochs = Annotated[float, _flag(_TRAINING, "num_train_epochs", "X", "Times through the examples.")]
@@ -34,7 +62,9 @@ MaxSteps = Annotated[int | None, _flag(_TRAINING, "max_steps", "N", "Optimiser s
 Rate = Annotated[float, _flag(_TRAINING, "learning_rate", "X", "Highest, after the warm-up.")]
 Batch = Annotated[int, _flag(_TRAINING, "per_device_train_batch_size", "N", "Examples a micro-batch.")]
 Accumulation = Annotated[int, _flag(_TRAINING, "gradient_accumulation_steps", "N", "Micro-batches a step.")]
-Schedule = Annotated[str, _flag(_TRAINING, "lr_scheduler_type", "NAME", "cosine, linear, constant, …")]
+Schedule = Annotated[
+    str, _flag(_TRAINING, "lr_scheduler_type", "NAME", "cosine, linear, constant, …", tab=among(*SCHEDULES))
+]
 Warmup = Annotated[float, _flag(_TRAINING, "warmup_ratio", "X", "Share of the steps.")]
 Decay = Annotated[float, _flag(_TRAINING, "weight_decay", "X", "Of AdamW.")]
 Clip = Annotated[float, _flag(_TRAINING, "max_grad_norm", "X", "0: no clipping.")]
@@ -48,7 +78,7 @@ Recompute = Annotated[bool, _flag(_TRAINING, "gradient_checkpointing", None, "Le
 Seed = Annotated[int, _flag(_TRAINING, "seed", "N", "Of the initialisation.")]
 DataSeed = Annotated[int | None, _flag(_TRAINING, "data_seed", "N", "Of order and split.", show_default="--seed")]
 Beta = Annotated[float, _flag(_TRAINING, "beta", "X", "β.")]
-Loss = Annotated[str, _flag(_TRAINING, "loss_type", "NAME", "sigmoid or ipo.")]
+Loss = Annotated[str, _flag(_TRAINING, "loss_type", "NAME", "sigmoid or ipo.", tab=among("sigmoid", "ipo"))]
 Smoothing = Annotated[
     float, _flag(_TRAINING, "label_smoothing", "X", "Share of pairs taken to be the wrong way round.")
 ]
@@ -63,16 +93,111 @@ System = Annotated[str | None, _flag(_DATA, "system", "TEXT", "System prompt whe
 
 Reference = Annotated[
     list[str] | None,
-    _flag(_CONTEXT, "ref_adapter_path", "DIR[=WEIGHT]", "Adapter that policy and reference stand on, frozen."),
+    _flag(
+        _CONTEXT,
+        "ref_adapter_path",
+        "DIR[=WEIGHT]",
+        "Adapter that policy and reference stand on, frozen.",
+        tab=adapters,
+    ),
 ]
 Beside = Annotated[
     list[str] | None,
-    _flag(_CONTEXT, "adapter", "DIR[=WEIGHT]", "Earlier adapter, active and frozen. Repeat.", short="-a"),
+    _flag(
+        _CONTEXT,
+        "adapter",
+        "DIR[=WEIGHT]",
+        "Earlier adapter, active and frozen. Repeat.",
+        short="-a",
+        tab=adapters,
+    ),
 ]
 
-ReportTo = Annotated[str, _flag(_RUN, "report_to", "NAMES", "none, tensorboard, wandb, mlflow, with commas.")]
+ReportTo = Annotated[
+    str,
+    _flag(
+        _RUN,
+        "report_to",
+        "NAMES",
+        "none, tensorboard, wandb, mlflow, with commas.",
+        tab=listed_among("none", *TRACKERS),
+    ),
+]
 LogDir = Annotated[Path | None, _flag(_RUN, "logging_dir", "DIR", "Of the trackers.", show_default="runs/NAME")]
 SaveSteps = Annotated[int, _flag(_RUN, "save_steps", "N", "Checkpoint every N steps.")]
+
+# Name → type and default, in the order of the help. A flag without a default is required.
+SHARED: dict[str, tuple[Any, Any]] = {
+    "model_name_or_path": (Model, Parameter.empty),
+    "dataset": (Dataset, Parameter.empty),
+    "output_dir": (OutputDir, Parameter.empty),
+    "peft_type": (PeftType, "lora"),
+    "lora_rank": (Rank, 8),
+    "lora_alpha": (Alpha, 16.0),
+    "lora_dropout": (Dropout, 0.0),
+    "target_modules": (Targets, "all-linear"),
+    "scaling": (Scaling, "rslora"),
+    "init_method": (Init, "kaiming"),
+    "sigma": (Sigma, 0.02),
+    "num_train_epochs": (Epochs, 3.0),
+    "max_steps": (MaxSteps, None),
+    "learning_rate": (Rate, Parameter.empty),
+    "per_device_train_batch_size": (Batch, 8),
+    "gradient_accumulation_steps": (Accumulation, 1),
+    "lr_scheduler_type": (Schedule, "cosine"),
+    "warmup_ratio": (Warmup, 0.05),
+    "weight_decay": (Decay, 0.0),
+    "max_grad_norm": (Clip, 1.0),
+    "eval_steps": (EvalSteps, None),
+    "early_stopping_patience": (Patience, 2),
+    "gradient_checkpointing": (Recompute, False),
+    "seed": (Seed, 0),
+    "data_seed": (DataSeed, None),
+    "val_ratio": (ValRatio, None),
+    "max_length": (MaxLength, 1024),
+    "max_samples": (MaxSamples, None),
+    "system": (System, None),
+    "format": (Format, "auto"),
+    "field": (Field, None),
+    "adapter": (Beside, None),
+    "report_to": (ReportTo, "none"),
+    "logging_dir": (LogDir, None),
+    "save_steps": (SaveSteps, 20),
+    "device": (Device, "auto"),
+    "dtype": (Dtype, "auto"),
+    "as_json": (Json, False),
+}
+PREFERENCE: dict[str, tuple[Any, Any]] = {
+    "ref_adapter_path": (Reference, None),
+    "beta": (Beta, 0.1),
+    "loss_type": (Loss, "sigmoid"),
+    "label_smoothing": (Smoothing, 0.0),
+}
+
+
+def taking(table: Mapping[str, tuple[Any, Any]], **defaults: Any) -> Callable[[Verb], Verb]:
+    """Give a verb the flags of ``table`` (with ``defaults`` of its own); it reads them from ``context.params``."""
+
+    def give(verb: Verb) -> Verb:
+        flags = {
+            name: Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind, default=defaults.get(name, default))
+            for name, (kind, default) in table.items()
+        }
+
+        @wraps(verb)
+        def with_flags(context: typer.Context, **asked: Any) -> None:
+            verb(context)
+
+        of_context = Parameter("context", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        with_flags.__annotations__ = {
+            "context": typer.Context,
+            **{name: flag.annotation for name, flag in flags.items()},
+        }
+        with_flags.__signature__ = Signature([of_context, *flags.values()])  # type: ignore[attr-defined]
+        return with_flags
+
+    return give
+
 
 # Flag → key of the recipe that says the same; a problem with the key is told with the flag's name.
 KEYS = {
