@@ -1,0 +1,290 @@
+"""Searching the weights of three adapters: ours against a simplex grid that PEFT fuses anew at every point.
+
+PEFT's side is ``add_weighted_adapter`` with ``cat`` (its exact way), the candidate scored, the next one: the 66 points
+of the grid with steps of 0.1. Ours is ``search_weights``: the bank mounts the adapters once, and a strategy proposes.
+Same base, same items, same number format, in one process. Prints one table and writes
+``benchmarks/results/search.json``::
+
+    lorchestra run examples/medical/recipe.yaml                  # trains the three adapters; ten minutes
+    python benchmarks/search.py --run runs/medical               # all 66 points with PEFT
+    python benchmarks/search.py --run runs/medical --points 12   # times 12 of them, and multiplies
+    python benchmarks/search.py --short                          # a tiny random model, 15 points: for CI
+
+PEFT's candidates are scored twice over: in the plain way (padded batches in the order of the data, logits of every
+position), and by our own scorer (batches of like length, logits of supervised positions only), which leaves nothing but
+the fusing and the number of candidates to tell the two apart. The plain way is timed on ``--plain`` points and
+multiplied; the losses are those of our scorer. Time to reach is when a search first had a candidate at most 0.1 % above
+the grid's best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "search.json"
+STRATEGIES = ("gradient", "surrogate", "tpe", "cmaes", "sobol", "grid")
+SLACK = 1.001  # of the grid's best loss
+PLAIN_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is searched: a loaded base, adapters as PEFT directories and as ours, held-out items, β."""
+
+    base: Any
+    adapters: Mapping[str, Path]
+    members: Mapping[str, Any]
+    domains: Mapping[str, Any]
+    betas: Mapping[str, float]
+
+
+def main() -> None:
+    """Measure, print, write."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--run", type=Path, help="directory of a finished run of the recipe")
+    options.add_argument("--recipe", type=Path, default=Path("examples/medical/recipe.yaml"))
+    options.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=DIR", help="instead of --run; in order"
+    )
+    options.add_argument("--items", type=int, default=24, help="of λ-validation, a domain")
+    options.add_argument("--points", type=int, help="of the grid that PEFT fuses; the time is multiplied")
+    options.add_argument("--plain", type=int, default=2, help="points that are scored the plain way too")
+    options.add_argument("--strategies", default=",".join(STRATEGIES))
+    options.add_argument("--step", type=float, default=0.1)
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--dtype", default="auto")
+    options.add_argument("--short", action="store_true", help="tiny model, step 0.25; writes nothing")
+    asked = options.parse_args()
+    import torch
+
+    torch.set_num_threads(asked.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        if asked.short:
+            asked.step, case = 0.25, tiny(Path(scratch))
+        elif asked.run or asked.adapter:
+            case = real(asked)
+        else:
+            options.error("give --run DIR, --adapter NAME=DIR three times, or --short")
+        found = measure(case, asked, Path(scratch))
+    print(table(found))
+    if not asked.short:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def measure(case: Case, asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """PEFT's grid, then every strategy, each from nothing."""
+    import torch
+
+    from lorchestra.fusion.search.designs import simplex_grid
+
+    points = list(simplex_grid(len(case.members), asked.step))
+    peft = by_peft(case, points, asked.points, asked.plain)
+    rows = []
+    for strategy in asked.strategies.split(","):
+        rows.append(by_bank(case, strategy, asked.step, scratch / strategy, peft["best"] * SLACK))
+        rows[-1]["share_of_grid"] = rows[-1]["seconds"] / peft["seconds"]
+        rows[-1]["share_of_plain_grid"] = rows[-1]["seconds"] / peft["plain_seconds"]
+        print(f"{strategy}: {rows[-1]['best']:.4f} in {rows[-1]['seconds']:.0f} s", file=sys.stderr)
+    return {
+        "grid": len(points), "items": {name: len(domain.items) for name, domain in case.domains.items()},
+        "threads": torch.get_num_threads(), "dtype": str(case.base.dtype), "cpus": os.cpu_count(),
+        "torch": torch.__version__, "peft": peft, "ours": rows,
+    }  # fmt: skip
+
+
+def by_peft(case: Case, points: Sequence[Sequence[float]], timed: int | None, plain: int) -> dict[str, Any]:
+    """The grid: fuse with ``cat``, score, forget, next."""
+    from peft import PeftModel
+
+    from lorchestra.evaluate.score import score
+    from lorchestra.pipeline.searching import loss_ratios
+
+    names = list(case.adapters)
+    reference = {name: score(case.base.model, domain, case.base.pad_id) for name, domain in case.domains.items()}
+    model = PeftModel.from_pretrained(case.base.model, case.adapters[names[0]], adapter_name=names[0])
+    for name in names[1:]:
+        model.load_adapter(case.adapters[name], adapter_name=name)
+    inner = model.get_base_model()
+    chosen = points if timed is None else points[:: max(len(points) // timed, 1)][:timed]
+    fusing, scoring, plainly, losses = [], [], [], []
+    for number, point in enumerate(chosen):
+        started = time.perf_counter()
+        model.add_weighted_adapter(names, list(point), "candidate", combination_type="cat")
+        model.set_adapter("candidate")
+        fused = time.perf_counter()
+        found = {name: score(inner, domain, case.base.pad_id) for name, domain in case.domains.items()}
+        done = time.perf_counter()
+        if number < plain:
+            for domain in case.domains.values():
+                score_plainly(inner, domain, case.base.pad_id)
+            plainly.append(time.perf_counter() - done)
+        model.set_adapter(names[0])
+        model.delete_adapter("candidate")
+        ratios = loss_ratios(found, reference, case.betas)
+        losses.append(statistics.fmean(ratios.values()))
+        fusing.append(fused - started)
+        scoring.append(done - fused)
+    model.unload()
+    each = statistics.fmean(fusing) + statistics.fmean(scoring)
+    best = min(range(len(chosen)), key=losses.__getitem__)
+    return {
+        "points": len(chosen), "multiplied": len(chosen) < len(points), "best": losses[best],
+        "at": dict(zip(names, chosen[best], strict=True)), "fuse_seconds": statistics.median(fusing),
+        "score_seconds": statistics.median(scoring), "plain_score_seconds": statistics.median(plainly),
+        "seconds": each * len(points),
+        "plain_seconds": (statistics.fmean(fusing) + statistics.fmean(plainly)) * len(points),
+    }  # fmt: skip
+
+
+def score_plainly(model: Any, domain: Any, pad_id: int) -> None:
+    """Σ log p of every answer as most people compute it: padded batches, logits everywhere."""
+    import torch
+
+    texts = [(item.prompt, branch.ids) for item in domain.items for branch in item.branches]
+    for start in range(0, len(texts), PLAIN_BATCH):
+        batch = texts[start : start + PLAIN_BATCH]
+        width = max(len(prompt) + len(ids) for prompt, ids in batch)
+        ids = torch.full((len(batch), width), pad_id)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for row, (prompt, answer) in enumerate(batch):
+            end = len(prompt) + len(answer)
+            ids[row, :end] = torch.tensor([*prompt, *answer])
+            mask[row, :end] = 1
+            labels[row, len(prompt) : end] = torch.tensor(answer)
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+            picked = logits.log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+            (picked * (labels[:, 1:] >= 0)).sum(1)
+
+
+def by_bank(case: Case, strategy: str, step: float, work: Path, wanted: float) -> dict[str, Any]:
+    """One search from nothing, with the moment when it first had a candidate as good as ``wanted``."""
+    from lorchestra.events import Silent
+    from lorchestra.pipeline.searching import SearchPlan, search_weights
+
+    started = time.perf_counter()
+    heard: list[tuple[float, float]] = []
+
+    class Clock(Silent):
+        def event(self, kind: str, /, **fields: Any) -> None:
+            heard.append((time.perf_counter() - started, fields["score"]))
+
+    found = search_weights(
+        case.base, case.members, case.domains, case.betas, SearchPlan(strategy, step=step), work, Clock()
+    )
+    seconds = time.perf_counter() - started
+    best = min(found.candidates, key=lambda c: c.score)
+    reached = next((at for at, score in heard if score <= wanted), None)
+    return {
+        "strategy": strategy, "candidates": len(found.candidates), "slopes": found.slopes, "best": best.score,
+        "at": dict(best.weights), "origin": best.origin, "seconds": seconds, "reached": reached,
+    }  # fmt: skip
+
+
+def real(asked: argparse.Namespace) -> Case:
+    """The recipe's base and λ-validation, and the adapters of a finished run."""
+    from lorchestra.adapter.adapter import Adapter
+    from lorchestra.base.home import home
+    from lorchestra.base.load import load_base
+    from lorchestra.pipeline.choosing import betas, domains_of
+    from lorchestra.pipeline.prepare import prepare
+    from lorchestra.recipe.recipe import Recipe
+
+    recipe = Recipe.load(asked.recipe)
+    prepared = prepare(recipe)
+    if asked.adapter:
+        adapters = {name: Path(place) for name, _, place in (text.partition("=") for text in asked.adapter)}
+    else:
+        steps = json.loads((asked.run / "plan.json").read_text(encoding="utf-8"))["steps"]
+        found = {step["name"]: step["digest"] for step in steps if step["kind"] == "stage"}
+        adapters = {
+            stage.name: home() / "steps" / f"stage-{found[stage.name][:24]}" / "adapter" for stage in recipe.stages
+        }
+    base = load_base(prepared.directory, name=prepared.base.name, dtype=asked.dtype)
+    domains = domains_of(prepared, "validation", asked.items, choices=False)
+    members = {name: Adapter.load(place) for name, place in adapters.items()}
+    return Case(base, adapters, members, domains, betas(recipe))
+
+
+def tiny(scratch: Path) -> Case:
+    """A random Llama of two layers, random adapters, random items."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from lorchestra import Adapter, LowRank
+    from lorchestra.base.load import load_base
+    from lorchestra.data.render import Branch, Rendered
+    from lorchestra.evaluate.score import Domain
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.15, pad_token_id=3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(scratch / "base")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab={f"t{i}": i for i in range(260)}, merges=[])), pad_token="t3"
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(scratch / "base")
+    linears = {p: m for p, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in p}
+    adapters = {}
+    for name in ("one", "two", "three"):
+        modules = {
+            path: LowRank(torch.randn(m.out_features, 4) * 0.1, torch.randn(4, m.in_features) * 0.1)
+            for path, m in linears.items()
+        }
+        adapters[name] = Adapter(modules).save(scratch / name)
+    items = []
+    for _ in range(16):
+        ids = tuple(torch.randint(4, 260, (14,)).tolist())
+        items.append(Rendered(ids[:8], (Branch(ids[8:], (True,) * 6),), 0))
+    domain = Domain("random", "sft", tuple(items), (0,) * 16, tuple(map(str, range(16))))
+    base = load_base(scratch / "base", device="cpu", dtype="float32")
+    members = {name: Adapter.load(place) for name, place in adapters.items()}
+    return Case(base, adapters, members, {"random": domain}, {})
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The table, in Markdown."""
+    peft, items = found["peft"], sum(found["items"].values())
+    said = f"{peft['points']} points timed, multiplied" if peft["multiplied"] else f"all {found['grid']} points"
+    kind = found["dtype"].removeprefix("torch.")
+    head = (
+        "search", "candidates + gradients", "best loss / base loss", "seconds", "of the grid",
+        "of the grid scored plainly", "reached the grid's best after",
+    )  # fmt: skip
+    lines = [
+        f"{items} items, {found['threads']} threads, {kind}",
+        "",
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
+        f"| PEFT `cat`, scored plainly | {found['grid']} | {peft['best']:.4f} | {peft['plain_seconds']:.0f} | "
+        f"{peft['plain_seconds'] / peft['seconds']:.2f} | 1 | |",
+        f"| PEFT `cat`, our scorer ({said}) | {found['grid']} | {peft['best']:.4f} | {peft['seconds']:.0f} | 1 | "
+        f"{peft['seconds'] / peft['plain_seconds']:.2f} | |",
+    ]
+    for row in found["ours"]:
+        reached = "never" if row["reached"] is None else f"{row['reached']:.0f} s"
+        lines.append(
+            f"| {row['strategy']} | {row['candidates']} + {row['slopes']} | {row['best']:.4f} | {row['seconds']:.0f} | "
+            f"{row['share_of_grid']:.2f} | {row['share_of_plain_grid']:.2f} | {reached} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
