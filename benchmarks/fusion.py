@@ -212,7 +212,7 @@ def by_mergekit(asked: argparse.Namespace, scaling: dict[str, Any]) -> dict[str,
         )
         recipe = Path(work, "recipe.yaml")
         recipe.write_text(f"merge_method: task_arithmetic\nbase_model: {base}\nmodels:\n{models}dtype: float32\n")
-        command = [str(asked.mergekit / "mergekit-yaml"), str(recipe), f"{work}/theirs"]
+        command = [str(asked.mergekit / "mergekit-yaml"), str(recipe), f"{work}/theirs", "--lora-merge-cache", work]
         started = time.perf_counter()
         subprocess.run(
             command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(asked)
