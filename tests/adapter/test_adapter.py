@@ -9,6 +9,7 @@ import torch
 
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.digest import adapter_digest, json_digest
+from lorchestra.adapter.lineage import BaseId, Lineage
 from lorchestra.adapter.lowrank import LowRank
 from lorchestra.errors import AdapterError
 
@@ -80,3 +81,10 @@ class TestBadInput:
         factors[factor][0, 0] = bad
         with pytest.raises(AdapterError, match=r"'model\.q' holds NaN or infinity"):
             Adapter({"model.q": LowRank(**factors)})
+
+
+def test_printed_it_is_one_line():
+    modules = {"a": update(), "b": update(5, 6, 3, seed=1)}
+    assert repr(Adapter(modules)) == "<Adapter foreign: 2 modules, rank 2–3, base unnamed>"
+    named = Adapter({"a": update()}, BaseId(name="tiny"), Lineage(made_by="stage", name="notes"))
+    assert repr(named) == "<Adapter notes: 1 module, rank 2, base tiny>"

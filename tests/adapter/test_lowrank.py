@@ -162,3 +162,7 @@ class TestBadInput:
             concat([], [])
         with pytest.raises(AdapterError, match="got 1 and 2"):
             concat([low_rank((3, 4), 2, 0)], [1.0, 2.0])
+
+
+def test_printed_it_is_one_line_without_numbers():
+    assert repr(low_rank((5, 7), 2, 0, torch.bfloat16)) == "<LowRank 5×7, rank 2, bfloat16 on cpu>"

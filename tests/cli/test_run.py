@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from lorchestra.cli.app import app
+
 RECIPE = """\
 name: tiny
 base: {base}
@@ -217,24 +219,7 @@ def test_ctrl_c_says_how_to_go_on(lorchestra, recipe, tmp_path):
     assert next(s for s in json.loads(again.out)["steps"] if s["name"] == "general")["state"] in ("begun", "to do")
 
 
-VERBS = (
-    "run",
-    "plan",
-    "check",
-    "init",
-    "ft",
-    "sft",
-    "dpo",
-    "merge-lora",
-    "merge",
-    "fuse",
-    "search",
-    "inspect",
-    "diagnose",
-    "chat",
-    "eval",
-    "doctor",
-)
+VERBS = sorted(str(command.name) for command in app.registered_commands)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -250,12 +235,6 @@ def test_without_a_verb_there_is_help(lorchestra):
     assert told.code in (0, 2)
     for verb in VERBS:
         assert f" {verb} " in told.out + told.err
-
-
-def test_the_verbs_are_complete(lorchestra):
-    from lorchestra.cli.app import app
-
-    assert {command.name for command in app.registered_commands} == set(VERBS)
 
 
 def shell(*argv: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -198,3 +198,15 @@ def test_small_parts_are_warned_of(renderer: Renderer) -> None:
     assert "general: only 1 training examples" in text
     assert "only 1 validation examples" in text
     assert "only 1 test examples" in text
+
+
+def test_examples_that_differ_in_numbers_only_are_warned_of(renderer: Renderer) -> None:
+    """Six of one template among many: five say nothing new, with the places of two."""
+    told = [dataclasses.replace(example(90 + i, f"Dose for {i} kg?"), origin=f"f:{90 + i}") for i in range(6)]
+    others = [example(i) for i in range(40)]
+    warnings = check_data([stage(renderer, [*others, *told], [], [])], renderer, SplitSpec(1, 0, 0)).warnings
+    (warning,) = [line for line in warnings if "other numbers" in line]
+    assert "5 of 46 training examples" in warning
+    assert "f:90 ~ f:91: 'answer 90'" in warning
+    few = check_data([stage(renderer, [*others, *told[:3]], [], [])], renderer, SplitSpec(1, 0, 0)).warnings
+    assert not any("other numbers" in line for line in few), "two of 43 are a matter of chance"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorchestra.data.near import SIMILAR, near_pairs, shingles, similarity, without_boilerplate
+from lorchestra.data.near import SIMILAR, but_for_numbers, near_pairs, shingles, similarity, without_boilerplate
 
 WORD = st.sampled_from([f"w{i}" for i in range(12)])
 
@@ -108,3 +108,18 @@ def test_small_sources_and_other_sources_keep_their_words() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(two_of_nine, sets, strict=True))
     one = without_boilerplate(sets, ["a"] * 18)
     assert not any(np.isin(shingles("please answer the following question"), rest).any() for rest in one)
+
+
+def test_texts_that_differ_in_numbers_only_are_grouped() -> None:
+    texts = [
+        "take 2 a day",
+        "take 12 a day",
+        "take two a day",
+        "no number",
+        "no number",
+        "2,5 mg",
+        "10 mg",
+        "take 2 b day",
+    ]
+    assert but_for_numbers(texts) == [[0, 1], [5, 6]]
+    assert but_for_numbers([]) == []

@@ -17,7 +17,7 @@ from lorchestra.adapter.lowrank import LowRank
 from lorchestra.errors import AdapterError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """Module path → :class:`LowRank`, frozen.
 
@@ -50,6 +50,13 @@ class Adapter:
         object.__setattr__(self, "modules", MappingProxyType(dict(sorted(self.modules.items()))))
         object.__setattr__(self, "embeddings", self.embeddings & self.modules.keys())
         object.__setattr__(self, "transposed", (self.transposed | self.embeddings) & self.modules.keys())
+
+    def __repr__(self) -> str:
+        made = self.lineage.name or self.lineage.made_by
+        ranks = sorted({module.rank for module in self.modules.values()})
+        rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
+        count = f"{len(self.modules)} module{'s' if len(self.modules) > 1 else ''}"
+        return f"<Adapter {made}: {count}, rank {rank}, base {self.base.name or 'unnamed'}>"
 
     @cached_property
     def digest(self) -> str:

@@ -24,15 +24,16 @@ LARGE_SCALE = 8.0
 class ModuleView:
     """One module of an adapter.
 
-    ``std_A`` is of A's entries; ``expected_std`` is σ/√r. ``initial``: B is zero, the module is untrained, and only
-    then ``std_A`` says something about the initialisation. ``scale`` is s of ΔW = s·B·A, ``norm`` ‖ΔW‖ (Frobenius).
+    ``std_A`` is of A's entries; ``expected_std`` is σ/√r, if there is a σ to judge it by. ``initial``: B is zero, the
+    module is untrained, and only then ``std_A`` says something about the initialisation. ``scale`` is s of
+    ΔW = s·B·A, ``norm`` ‖ΔW‖ (Frobenius).
     """
 
     path: str
     rank: int
     shape: tuple[int, int]
     std_A: float
-    expected_std: float
+    expected_std: float | None
     initial: bool
     scale: float
     norm: float
@@ -51,12 +52,12 @@ class AdapterView:
         return asdict(self)
 
 
-def inspect_factors(updates: Mapping[str, tuple[LowRank, float]], sigma: float = 0.02) -> AdapterView:
+def inspect_factors(updates: Mapping[str, tuple[LowRank, float]], sigma: float | None = 0.02) -> AdapterView:
     """Look at factors.
 
     Args:
         updates: module path → (ΔW with its scale s folded into B, s).
-        sigma: σ that an untrained A is judged against.
+        sigma: σ of the rescaled initialisation, which an untrained A is judged against; ``None``: it had another.
     """
     norms = {path: update.norm() for path, (update, _) in updates.items()}
     trained = [norm for norm in norms.values() if norm > 0]
@@ -66,10 +67,10 @@ def inspect_factors(updates: Mapping[str, tuple[LowRank, float]], sigma: float =
         flags = []
         initial = not bool(update.B.any())
         std = float(update.A.float().std()) if update.A.numel() > 1 else 0.0
-        expected = sigma / math.sqrt(update.rank)
+        expected = None if sigma is None else sigma / math.sqrt(update.rank)
         if initial and trained:
             flags.append("untrained: B is zero here although other modules moved")
-        if initial and abs(std / expected - 1) > STD_TOLERANCE:
+        if initial and expected is not None and abs(std / expected - 1) > STD_TOLERANCE:
             flags.append(f"std of A is {std:.4g}, not σ/√r = {expected:.4g}: not the rescaled initialisation")
         if abs(scale) > LARGE_SCALE:
             flags.append(f"scale {scale:.3g} is large: was α inherited from a recipe without rsLoRA?")

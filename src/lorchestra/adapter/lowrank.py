@@ -16,7 +16,7 @@ from torch import Tensor
 from lorchestra.errors import AdapterError
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class LowRank:
     """A matrix held by its factors, ΔW = B @ A.
 
@@ -36,6 +36,10 @@ class LowRank:
             raise AdapterError(
                 f"low-rank factors must be B [m, r] and A [r, n]; got B {tuple(self.B.shape)}, A {tuple(self.A.shape)}"
             )
+
+    def __repr__(self) -> str:
+        m, n = self.shape
+        return f"<LowRank {m}×{n}, rank {self.rank}, {str(self.B.dtype).removeprefix('torch.')} on {self.B.device}>"
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from lorchestra.data.example import Example
-from lorchestra.data.leakage import Alike, alike
+from lorchestra.data.leakage import Alike, alike, said
 from lorchestra.data.load import Loaded
+from lorchestra.data.near import but_for_numbers
 from lorchestra.data.render import Rendered, Renderer
 from lorchestra.data.split import Splits, SplitSpec
 from lorchestra.errors import DataError
@@ -261,9 +262,24 @@ def _warnings(
         out.append(f"{cut} answers are longer than max_length {renderer.max_length} and lose their end")
     if leaks:
         out.append(f"{len(leaks)} held-out examples have their like in another part (set group): {_few(leaks)}")
+    out += _templated(stage.splits.train)
     if 20 * stage.splits.duplicates > total:
         out.append(f"{stage.splits.duplicates} examples were repeated and are left out")
     return out
+
+
+def _templated(examples: Sequence[Example]) -> list[str]:
+    """A warning if more than a twentieth of the examples repeat another with other numbers."""
+    groups = but_for_numbers([said(example) for example in examples])
+    repeated = sum(len(group) - 1 for group in groups)
+    if 20 * repeated <= len(examples):
+        return []
+    one, other = (examples[i] for i in max(groups, key=len)[:2])
+    pair = " ~ ".join(example.origin or example.prompt[-1].content[:40] for example in (one, other))
+    return [
+        f"{repeated} of {len(examples)} training examples repeat another with nothing but other numbers ({pair}: "
+        f"{one.gold.strip()[:60]!r}); they teach that one pattern, and count as one example rather than many"
+    ]
 
 
 def _few(items: Sequence[str]) -> str:

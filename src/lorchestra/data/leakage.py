@@ -29,10 +29,7 @@ class Alike:
 
 def alike(items: Sequence[tuple[str, str, Example]]) -> dict[str, Alike]:
     """Stage → :class:`Alike`, for all examples of a recipe as (stage, part, example)."""
-    texts = [
-        normalise("\n".join([*(t.content for t in e.messages if t.role != "system"), e.rejected or ""]))
-        for _, _, e in items
-    ]
+    texts = [said(example) for _, _, example in items]
     sources = [(stage, example.origin.rpartition(":")[0]) for stage, _, example in items]
     pairs = dict.fromkeys(near_pairs(without_boilerplate([shingles(text) for text in texts], sources)), False)
     prompts = [content_key(example)[0] for _, _, example in items]
@@ -55,6 +52,11 @@ def alike(items: Sequence[tuple[str, str, Example]]) -> dict[str, Alike]:
             if same:
                 exact[stage].add(held)
     return {s: Alike(len(near[s]), tuple(leaks[s].values()), len(exact[s])) for s in near}
+
+
+def said(example: Example) -> str:
+    """All that an example says but its system prompt, normalised."""
+    return normalise("\n".join([*(t.content for t in example.messages if t.role != "system"), example.rejected or ""]))
 
 
 def _where(stage: str, part: str, example: Example) -> str:

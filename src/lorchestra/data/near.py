@@ -17,6 +17,7 @@ _LONGEST = 3_000  # tokens of a text that are looked at
 
 # Scripts that write without spaces count character by character, others word by word.
 _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
 _TOKEN = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
 
@@ -49,6 +50,16 @@ def similarity(a: np.ndarray, b: np.ndarray) -> float:
     """Jaccard similarity of two shingle sets; 0 of empty ones."""
     both = np.intersect1d(a, b, assume_unique=True).size
     return both / (a.size + b.size - both) if a.size and b.size else 0.0
+
+
+def but_for_numbers(texts: Sequence[str]) -> list[list[int]]:
+    """Indices of texts that are the same but for their numbers (``3 days``, ``12 days``), group by group."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for i, text in enumerate(texts):
+        pattern, numbers = _NUMBER.subn("0", text)
+        if numbers:
+            groups[pattern].append(i)
+    return [indices for indices in groups.values() if len(indices) > 1]
 
 
 def near_pairs(sets: Sequence[np.ndarray]) -> list[tuple[int, int]]:
