@@ -158,6 +158,15 @@ class TestGrid:
             list(simplex_grid(3, step))
 
 
+class TestHeuristics:
+    def test_are_the_articles_points_once(self):
+        found = search(Space(staged()), Quadratic(BEST[:3]), strategy="heuristics")
+        tried = {c.origin: tuple(c.weights.values()) for c in found.candidates}
+        assert tried["heuristic later"] == pytest.approx((1 / 6, 2 / 6, 3 / 6))
+        assert tried["heuristic specialised"] == pytest.approx((0.2, 0.4, 0.4))
+        assert not {"heuristic equal", "heuristic last"} & set(tried), "they are the uniform point and the stack"
+
+
 class TestSobol:
     @pytest.mark.parametrize("seed", range(8))
     def test_drawn_points_are_total_scale_times_simplex(self, seed):

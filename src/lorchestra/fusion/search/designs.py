@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from lorchestra.errors import UserError
-from lorchestra.fusion.search.candidates import HEURISTICS, heuristic, stack_of
+from lorchestra.fusion.search.candidates import HEURISTICS, Candidate, heuristic, stack_of
 from lorchestra.fusion.search.problem import Problem
 
 # Total scales of the drawn points: from half an average (Σλ = 1) to 1.25 times the largest stack (near Σλ = K).
@@ -58,7 +58,7 @@ def heuristics(problem: Problem) -> None:
     for name in HEURISTICS:
         if name != "last" or whole:
             weights = problem.space.spread(heuristic(name, members))
-            problem.scores([problem.point(weights)], f"heuristic {name}")
+            problem.run.scores([Candidate(weights, f"heuristic {name}")])  # unrounded: `equal` is the uniform point
 
 
 def sobol(problem: Problem) -> None:
