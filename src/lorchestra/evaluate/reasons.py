@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 from lorchestra.evaluate.selection import Selection, Standing, Worth, blind
 from lorchestra.fusion.search import Candidate
+from lorchestra.stats.intervals import Interval
+
+UNSEEN = 5e-5  # a difference that four decimals do not show
 
 
 def mixture(weights: Mapping[str, float]) -> str:
@@ -22,13 +25,7 @@ def called(candidate: Candidate) -> str:
 
 def reasons(selection: Selection) -> list[str]:
     """The rule that was applied, what the plain minimum would have been, the optimism, the limit; in that order."""
-    return [
-        f"Sought is a low value of {selection.goal}.",
-        _choice(selection),
-        *_worth(selection),
-        *_followed(selection),
-        *_limit(selection),
-    ]
+    return [_choice(selection), *_worth(selection), *_followed(selection), *_limit(selection)]
 
 
 def _choice(selection: Selection) -> str:
@@ -59,16 +56,21 @@ def _worth(selection: Selection) -> list[str]:
     by_rule = {worth.rule: worth for worth in selection.worth}
     lowest, simple = by_rule["minimum"], by_rule["one_se"]
     how = f"{selection.folds} group-wise folds, dealt {selection.repeats} times; {groups} groups in the smallest domain"
-    said = (
-        f"The best of {tried} candidates scores {lowest.naive:.4f} on the items it was chosen on; chosen without them "
-        f"it scores {_seen(lowest)} ({how}). The one-standard-error rule: {simple.naive:.4f}, and without them "
-        f"{_seen(simple)}."
-    )
-    return [said]
+    return [
+        f"The best of {tried} candidates scores {lowest.naive:.4f} on the items it was chosen on; {_seen(lowest)} "
+        f"({how}). What the one-standard-error rule takes scores {simple.naive:.4f}; {_seen(simple)}."
+    ]
 
 
 def _seen(worth: Worth) -> str:
-    return f"{worth.honest}, so that it was flattered by {worth.optimism}"
+    honest, optimism = worth.honest, worth.optimism
+    if max(abs(optimism.low), abs(optimism.high)) < UNSEEN:
+        return f"without any fold the choice is the same, so nothing flatters it ({_at(honest)})"
+    return f"chosen without the items it is scored on, {_at(honest)}: flattered by {_at(optimism)}"
+
+
+def _at(interval: Interval) -> str:
+    return f"{interval.estimate:z.4f} [{interval.low:z.4f}, {interval.high:z.4f}]"
 
 
 def _followed(selection: Selection) -> list[str]:
@@ -76,10 +78,10 @@ def _followed(selection: Selection) -> list[str]:
     followed = [origin for origin in origins if not blind(origin)]
     if not followed or not selection.worth:
         return []
-    count = f"{len(followed)} of the candidates ({', '.join(dict.fromkeys(followed))})"
+    kinds = ", ".join(dict.fromkeys(followed))
     return [
-        f"{count} were found by following λ-validation: the folds cover the choice among candidates, not the finding, "
-        "whose own optimism they do not see. The sealed test sees all of it."
+        f"Found by following λ-validation itself: {len(followed)} ({kinds}). The folds cover the choice among "
+        "candidates, not the finding, whose own optimism they do not see; the sealed test does."
     ]
 
 
@@ -98,4 +100,4 @@ def _limit(selection: Selection) -> list[str]:
 
 
 def _scored(standing: Standing) -> str:
-    return f"{called(standing.candidate)}, {standing.value}"
+    return f"{called(standing.candidate)}, {_at(standing.value)}"

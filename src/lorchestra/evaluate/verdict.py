@@ -125,7 +125,8 @@ def judge(
 
 def _sentence(recipe_of: str, against: Mapping[str, Interval], draws: Mapping[str, NDArray[Any]]) -> str:
     base = against["base"]
-    rivals = {name: interval for name, interval in against.items() if name != "base"}
+    # What was there before a refit is no simpler choice: it has a say only where it is better.
+    rivals = {name: found for name, found in against.items() if name != "base" and (name != UNREFIT or found.low > 0)}
     change = f"{abs(base.estimate):.1%} {'below' if base.estimate < 0 else 'above'} the base's"
     spread = f"95 % interval {_signed(base.low)} to {_signed(base.high)}"
     if base.low == base.high == 0:
@@ -253,20 +254,13 @@ def _limit_notes(
     """Whether the delivered model keeps the goal's limit, domain by domain."""
     if goal.tolerance is None or not singles:
         return []
-    notes = []
-    for domain, found in base.items():
+    found = []
+    for domain, scores in base.items():
         best = min(singles, key=lambda name: float(ratios[name][domain][0]))
-        over = overall(ratios[DELIVERED][domain], ratios[best][domain], len(set(found.groups)))
-        said = "cannot be told"
-        if over.high <= goal.tolerance:
-            said = "kept"
-        elif over.low > goal.tolerance:
-            said = "crossed"
-        notes.append(
-            f"The limit on {domain!r}, at most {goal.tolerance:g} above the best single adapter: {said} "
-            f"({over} above {_called(best)})."
-        )
-    return notes
+        over = overall(ratios[DELIVERED][domain], ratios[best][domain], len(set(scores.groups)))
+        said = "kept" if over.high <= goal.tolerance else "crossed" if over.low > goal.tolerance else "not told"
+        found.append(f"{domain!r} {said} ({over} above {_called(best)})")
+    return [f"The limit, no domain more than {goal.tolerance:g} above the best single adapter: {'; '.join(found)}."]
 
 
 def _front_note(ratios: Mapping[str, Mapping[str, NDArray[Any]]]) -> list[str]:
@@ -292,7 +286,7 @@ def _power_notes(
     """What this test could have seen, and how large one would have to be to see what it could not tell."""
     if groups < 2:
         return ["The smallest domain has one independent sealed-test group: no difference whatever can be seen."]
-    rivals = [name for name in against if name != "base" and name not in same]
+    rivals = [name for name in against if name not in ("base", UNREFIT, *same)]
     asked = ["base", *([min(rivals, key=lambda name: float(draws[name][0]))] if rivals else [])]
     seen = [(name, against[name]) for name in asked if against[name].detectable]
     notes = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.bank import Bank
 from lorchestra.base.load import Base
+from lorchestra.evaluate.reasons import called, reasons
 from lorchestra.evaluate.score import Domain, Kind, make_domain
+from lorchestra.evaluate.selection import select
 from lorchestra.events import Reporter
-from lorchestra.fusion.search import Candidate, context_warnings, heuristic
+from lorchestra.fusion.search import context_warnings, heuristic
 from lorchestra.pipeline.cache import Step, StepCache, step_digest, write_json
 from lorchestra.pipeline.lazy import LazyBase
 from lorchestra.pipeline.prepare import Prepared
-from lorchestra.pipeline.searching import SearchPlan, search_weights
+from lorchestra.pipeline.searching import Searched, SearchPlan, search_weights
 from lorchestra.recipe.recipe import Recipe
 
 SEARCH_VERSION = 2  # fixed points, then a strategy
@@ -69,9 +72,9 @@ def choose(
     def make(work: Path) -> dict[str, Any]:
         found = search_weights(base.load(), members, inputs.domains, betas(recipe), inputs.plan, work, reporter)
         write_json(work / "searched.json", found.as_dict())
-        return {"candidates": [candidate.as_dict() for candidate in found.candidates], "slopes": found.slopes}
+        return {"candidates": len(found.candidates), "slopes": found.slopes}
 
-    return concluded(members, inputs, cache.build("search", inputs.digest, make, reporter.say))
+    return concluded(recipe, members, inputs, cache.build("search", inputs.digest, make, reporter.say))
 
 
 def settled(recipe: Recipe, members: Mapping[str, Adapter]) -> Chosen | None:
@@ -93,7 +96,8 @@ def search_inputs(prepared: Prepared, members: Mapping[str, Adapter], dtype: str
     stages = {stage.name for stage in recipe.stages}
     found = domains_of(prepared, "validation", recipe.fusion.validation_limit, choices=False)
     domains = {name: domain for name, domain in found.items() if name in stages}
-    plan = SearchPlan(budget=recipe.fusion.candidates, seed=recipe.seeds.data)
+    fusion = recipe.fusion
+    plan = SearchPlan(fusion.strategy, fusion.candidates, fusion.aim(), recipe.seeds.data)
     digest = step_digest(
         "search",
         SEARCH_VERSION,
@@ -107,29 +111,40 @@ def search_inputs(prepared: Prepared, members: Mapping[str, Adapter], dtype: str
     return SearchInputs(plan, domains, digest)
 
 
-def concluded(members: Mapping[str, Adapter], inputs: SearchInputs, step: Step) -> Chosen:
-    """The coefficients that a finished search found."""
-    tried = [Candidate(c["weights"], c["origin"], c["score"]) for c in step.info["candidates"]]
-    best = min(tried, key=lambda c: c.score if c.score is not None else float("inf"))
+def concluded(recipe: Recipe, members: Mapping[str, Adapter], inputs: SearchInputs, step: Step) -> Chosen:
+    """The coefficients that are taken of all that a finished search tried; nothing is scored anew for this."""
+    found = Searched.from_dict(json.loads((step.directory / "searched.json").read_text(encoding="utf-8")))
+    fusion = recipe.fusion
+    selection = select(
+        found.candidates,
+        found.scores,
+        found.reference,
+        inputs.plan.goal,
+        betas(recipe),
+        folds=fusion.folds,
+        repeats=fusion.repeats,
+        seed=recipe.seeds.data,
+        rule=fusion.rule,
+    )
+    delivered = selection.standings[selection.adapters]
     warnings = []
-    if best.origin == "base":
-        best = min(
-            (c for c in tried if c.origin != "base"), key=lambda c: c.score if c.score is not None else float("inf")
-        )
+    if selection.chosen != selection.adapters and selection.standings[selection.chosen].candidate.origin == "base":
         warnings.append(
-            f"On λ-validation the base itself scored best (1.000 against {best.score:.3f} for the best adapters): "
-            "the adapters do not help there. The best of them is delivered all the same, to be judged below."
+            "On λ-validation the choice falls on the base alone: the adapters are not seen to help there. Delivered "
+            f"all the same is {called(delivered.candidate)}, {delivered.value}, to be judged below."
         )
-    warnings += context_warnings(members, best.weights)
-    items = sum(len(domain.items) for domain in inputs.domains.values())
+    weights = dict(delivered.candidate.weights)
+    warnings += context_warnings(members, weights)
     told = {
         "strategy": inputs.plan.strategy,
+        "slopes": found.slopes,
         "members": list(members),
-        "chosen": dict(best.weights),
-        "candidates": [c.as_dict() for c in tried],
-        "validation_items": items,
+        "chosen": weights,
+        "candidates": [standing.as_dict() for standing in selection.standings],
+        "validation_items": selection.items,
+        "selection": {**selection.as_dict(), "reasons": reasons(selection)},
     }
-    return Chosen(dict(best.weights), told, tuple(warnings), step)
+    return Chosen(weights, told, tuple(warnings), step)
 
 
 def mounted(base: Base, members: Mapping[str, Adapter]) -> Bank:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorchestra.data.render import Rendered
-from lorchestra.fusion.search import weights_key
+from lorchestra.fusion.search import fixed_points, passes_of, stack_of, weights_key
 from lorchestra.objective.batch import length
 from lorchestra.pipeline.choosing import domains_of
 from lorchestra.pipeline.estimate import (
@@ -23,6 +23,7 @@ from lorchestra.pipeline.estimate import (
     scoring_memory,
     training_memory,
 )
+from lorchestra.pipeline.judging import rivals
 from lorchestra.pipeline.prepare import Prepared
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.recipe.sections import Stage
@@ -114,14 +115,22 @@ class Costs:
             rendered["train"], rendered["validation"], self._numbers(stage.context),
         )  # fmt: skip
 
+    def refit(self, inputs: StageInputs) -> tuple[Outlook, Cost]:
+        """Of a stage that is trained again on its λ-validation examples too."""
+        return self._training(
+            inputs.objective.task, inputs.lora, inputs.train, inputs.items, (), self._numbers(inputs.context),
+            inputs.stop,
+        )  # fmt: skip
+
     def mixed(self, inputs: StageInputs) -> tuple[Outlook, Cost]:
         """Of the baseline trained on everything mixed."""
         return self._training("sft", inputs.lora, inputs.train, inputs.items, inputs.validation, 0)
 
     def search(self) -> Cost:
         """Of the candidates on λ-validation."""
-        fusion = self.recipe.fusion
-        count = max(fusion.candidates, len(self._fixed_points()))
+        fusion, members = self.recipe.fusion, self.recipe.members
+        fixed = fixed_points(members, {name: self._stack(name, members) for name in members})
+        count = passes_of(fusion.strategy, len(members), len(fixed), fusion.candidates)
         seconds, supervised = self._scoring("validation", fusion.validation_limit)
         return Cost(count * seconds, scoring_memory(self.shape, self._numbers(self.recipe.members), supervised))
 
@@ -140,7 +149,11 @@ class Costs:
         """Of every model on the sealed test, and of the answers before and after."""
         evaluate = self.recipe.evaluate
         seconds, supervised = self._scoring("test", evaluate.test_limit)
-        seconds *= len(self._rivals()) + 1
+        stages = [stage.name for stage in self.recipe.stages]
+        every = dict.fromkeys([*self.recipe.adapters, *stages])
+        last, mixed = self._stack(stages[-1], list(every)), evaluate.mixed_baseline
+        models = {weights_key(point) for point in rivals(stages, self.recipe.members, last, mixed).values()}
+        seconds *= len(models) + 1 + self.recipe.fusion.refit
         if evaluate.samples:  # a token is made as fast as the weights can be read
             token = 2 * self.shape.bytes / self.machine.bandwidth + self.shape.modules * PASS
             seconds += 2 * evaluate.sample_tokens * token
@@ -163,11 +176,12 @@ class Costs:
         items: Sequence[Rendered],
         validation: Sequence[Rendered],
         context: int,
+        stop: int | None = None,
     ) -> tuple[Outlook, Cost]:
         shape = self.shape
         lengths = [length(item) for item in items]
-        plan = BatchPlan(lengths, train, self.recipe.seeds.data, fixed=True)
-        epochs = plan.steps / plan.steps_per_epoch
+        plan = BatchPlan(lengths, train, self.recipe.seeds.data, fixed=True, stop=stop)
+        epochs = plan.last / plan.steps_per_epoch
         mean = sum(lengths) / max(len(lengths), 1)
         tokens, supervised = sum(lengths), sum(item.supervised for item in items)
         numbers = trainable(self.model, lora)
@@ -177,14 +191,14 @@ class Costs:
         seconds = flop / (TRAINING * self.machine.flops)
 
         held = validation[: train.eval_limit]
-        times = 1 + math.ceil(plan.steps / (train.eval_every or plan.steps_per_epoch))
+        times = 1 + math.ceil(plan.last / (train.eval_every or plan.steps_per_epoch))
         passes = times * math.ceil(sum(map(length, held)) / POSITIONS)
         scored = shape.forward(sum(map(length, held)), sum(item.supervised for item in held), mean) * times
         if task == "dpo":  # the reference is scored once
             scored += scored / times + shape.forward(tokens, supervised, mean)
             passes += plan.micro_batches
         seconds += scored / (SCORING * self.machine.flops)
-        seconds += (3 * plan.steps * train.gradient_accumulation + passes) * shape.modules * PASS
+        seconds += (3 * plan.last * train.gradient_accumulation + passes) * shape.modules * PASS
         seconds += 3 * shape.bytes / DISK  # the base is read once, and hashed before and after
 
         share = supervised / max(tokens, 1)
@@ -196,7 +210,7 @@ class Costs:
         outlook = Outlook(
             task=task,
             examples={"train": len(items), "validation": len(validation)},
-            steps=plan.steps,
+            steps=plan.last,
             trainable=numbers,
             rank=lora.rank,
             scaling=lora.scaling,
@@ -228,23 +242,13 @@ class Costs:
         seconds = flop / (SCORING * self.machine.flops) + passes * self.shape.modules * PASS
         return seconds, supervised / max(tokens, 1) * POSITIONS
 
-    def _fixed_points(self) -> set[str]:
-        """The candidates that are always tried: stacks, singles, uniform, base."""
-        members = self.recipe.members
-        points: list[dict[str, float]] = [{}, dict.fromkeys(members, 1 / len(members))]
-        points += [{name: 1.0} for name in members]
-        points += [self._stack(stage, members) for stage in self.recipe.stages if stage.name in members]
-        return {weights_key(point) for point in points}
-
-    def _rivals(self) -> set[str]:
-        """Models that are scored beside the delivered one."""
-        names = list(dict.fromkeys([*(stage.name for stage in self.recipe.stages), *self.recipe.members]))
-        points: list[dict[str, float]] = [{}, *({name: 1.0} for name in names)]
-        points.append(self._stack(self.recipe.stages[-1], names))
-        points.append(dict.fromkeys(self.recipe.members, 1 / len(self.recipe.members)))
-        keys = {weights_key(point) for point in points}
-        return keys | {"mixed"} if self.recipe.evaluate.mixed_baseline else keys
-
-    def _stack(self, stage: Stage, members: Sequence[str]) -> dict[str, float]:
-        final = {name: weight for name, weight in final_weights(stage.context).items() if weight and name in members}
-        return {**final, stage.name: 1.0}
+    def _stack(self, name: str, members: Sequence[str]) -> dict[str, float] | None:
+        """What :func:`stack_of` will say of ``name``: a stage's context is known beforehand."""
+        if name in self.prepared.adapters:
+            brought = {other: self.prepared.adapters[other] for other in members if other in self.prepared.adapters}
+            found = stack_of(name, brought)
+            return None if found is None else {**dict.fromkeys(members, 0.0), **found}
+        final = {other: weight for other, weight in final_weights(self.recipe.stage(name).context).items() if weight}
+        if not final.keys() <= set(members):
+            return None
+        return {**dict.fromkeys(members, 0.0), **final, name: 1.0}

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lorchestra.adapter.adapter import Adapter
 from lorchestra.base.home import home
 from lorchestra.base.load import choose_device, choose_dtype
 from lorchestra.events import SILENT, Reporter
@@ -20,6 +21,7 @@ from lorchestra.pipeline.journal import Journal
 from lorchestra.pipeline.judging import Judged, evaluate_step
 from lorchestra.pipeline.lazy import LazyBase
 from lorchestra.pipeline.prepare import Prepared, prepare
+from lorchestra.pipeline.refitting import acting, refit_inputs
 from lorchestra.pipeline.training import (
     Trained,
     budget,
@@ -107,7 +109,9 @@ class _Run:
         if self.recipe.evaluate.mixed_baseline:
             mixed_inputs(prepared, tokens=1)  # a mistake in what it needs is told before the stages are trained
         self.prepared = prepared
-        self.base = LazyBase(prepared.directory, prepared.base.name, self.recipe.device, self.recipe.dtype)
+        self.base = LazyBase(
+            prepared.directory, prepared.base.name, self.recipe.device, self.recipe.dtype, self.reporter
+        )
         self._note("data", "data", None)
         for line in prepared.check.warnings:
             self.reporter.say(f"warning: {line}")
@@ -125,7 +129,8 @@ class _Run:
             self._note("search", "search", chosen.step)
         for line in chosen.warnings:
             self.reporter.say(f"warning: {line}")
-        fused, fuse = fuse_step(prepared, members, chosen, self.cache, self.reporter)
+        refitted = self._refit(prepared, chosen, adapters, trained) if self.recipe.fusion.refit else {}
+        fused, fuse = fuse_step(prepared, {**members, **refitted}, chosen, self.cache, self.reporter)
         self._note("fuse", "fuse", fuse)
         merge = None
         if self.recipe.deliver.merged:
@@ -136,8 +141,9 @@ class _Run:
                 f"{merge.info['rounding_lost']:.2%} of it; parity {merge.info['parity']:.2%} (5 % allowed)"
             )
         judged = evaluate_step(
-            prepared, adapters, members, chosen, fused, merge, self.base, self.cache, self.reporter, spent
-        )
+            prepared, adapters, members, chosen, fused, merge, self.base, self.cache, self.reporter, spent,
+            self.recipe.fusion.refit,
+        )  # fmt: skip
         if judged is not None:
             self._note("evaluate", "evaluate", judged.step)
         final = self.directory / "final"
@@ -169,7 +175,19 @@ class _Run:
             trained[stage.name] = self._train(prepared, inputs)
         return trained
 
-    def _train(self, prepared: Prepared, inputs: StageInputs) -> Trained:
+    def _refit(
+        self, prepared: Prepared, chosen: Chosen, adapters: Mapping[str, Adapter], trained: Mapping[str, Trained]
+    ) -> dict[str, Adapter]:
+        """Members as they are after training on λ-validation too; what is not trained here stays what it was."""
+        refitted: dict[str, Adapter] = {}
+        for stage in acting(self.recipe, chosen.weights):
+            inputs = refit_inputs(prepared, stage, trained[stage.name].training, adapters, refitted)
+            refitted[stage.name] = self._train(prepared, inputs, f"refit:{stage.name}").adapter
+        return {name: adapter for name, adapter in refitted.items() if name in self.recipe.members}
+
+    def _train(self, prepared: Prepared, inputs: StageInputs, called: str = "") -> Trained:
+        """Train, or find it done; ``called`` is the step's name, if it is not the stage's."""
+        name = called or inputs.name
         device = choose_device(self.recipe.device)
         dtype = choose_dtype(device, self.recipe.dtype)
         digest = stage_digest(prepared, inputs, device.type, str(dtype))
@@ -177,12 +195,12 @@ class _Run:
         if cached is not None:
             self.cache.verify(cached)
             found = load_trained(cached, inputs, prepared.base)
-            self.reporter.say(f"{inputs.name}: trained before, reused ({digest[:12]})")
+            self.reporter.say(f"{name}: trained before, reused ({digest[:12]})")
         else:
-            logs = self.directory / "logs" / inputs.name
+            logs = self.directory / "logs" / name.replace(":", "-")
             found = train(prepared, inputs, self.base, self.cache, digest, self.reporter, logs)
-        self._note(inputs.name, "stage", found.step)
-        self.trainings[inputs.name] = self._training_report(inputs, found)
+        self._note(name, "stage", found.step)
+        self.trainings[name] = self._training_report(inputs, found)
         return found
 
     def _note(self, name: str, kind: str, step: Step | None) -> None:
@@ -228,6 +246,7 @@ class _Run:
                 **fuse.info,
                 "weights": chosen.weights,
                 "warnings": list(chosen.warnings),
+                "refit": [told for name, told in self.trainings.items() if name.startswith("refit:")],
             },
             "merge": dict(merge.info) if merge else None,
             "samples": judged.samples if judged else [],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,8 +14,9 @@ from lorchestra.base.load import Base, load_base
 from lorchestra.data.example import Example
 from lorchestra.evaluate.answer import Sampling, answers
 from lorchestra.evaluate.ledger import Ledger, item_digest
+from lorchestra.evaluate.reasons import mixture
 from lorchestra.evaluate.score import Domain, Scores, score
-from lorchestra.evaluate.verdict import DELIVERED, Verdict, judge
+from lorchestra.evaluate.verdict import DELIVERED, UNREFIT, Verdict, judge
 from lorchestra.events import Reporter, Task
 from lorchestra.fusion.search import stack_of, weights_key
 from lorchestra.pipeline.cache import SCRATCH, Step, StepCache, step_digest, write_json
@@ -37,21 +38,33 @@ class Judged:
 
 
 def rivals(
-    prepared: Prepared, trained: Mapping[str, Adapter], members: Mapping[str, Adapter]
+    stages: Sequence[str],
+    members: Sequence[str],
+    stack: Mapping[str, float] | None,
+    mixed: bool,
+    unrefit: Mapping[str, float] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Model → coefficients, for everything that is judged beside the delivered one."""
-    names = [stage.name for stage in prepared.recipe.stages]
+    """Model → coefficients, for everything that is judged beside the delivered one.
+
+    Args:
+        stages: their names, in order.
+        members: of the fusion.
+        stack: the sum that the last stage was trained in, if it can be made up.
+        mixed: there is a baseline trained on everything mixed.
+        unrefit: the chosen coefficients, if what is delivered was trained again after they were chosen.
+    """
     found: dict[str, dict[str, float]] = {"base": {}}
-    if "mixed" in trained:
+    if mixed:
         found["mixed"] = {"mixed": 1.0}
-    for name in dict.fromkeys([*names, *members]):
+    for name in dict.fromkeys([*stages, *members]):
         found[name] = {name: 1.0}
-    last = names[-1]
-    stack = {k: w for k, w in (stack_of(last, trained) or {}).items() if w}
-    if len(stack) > 1:
-        found["stack"] = stack
+    acting = {name: weight for name, weight in (stack or {}).items() if weight}
+    if len(acting) > 1:
+        found["stack"] = acting
     if len(members) > 1:
         found["uniform"] = {name: 1 / len(members) for name in members}
+    if unrefit is not None:
+        found[UNREFIT] = dict(unrefit)
     return found
 
 
@@ -70,13 +83,16 @@ def evaluate_inputs(
     members: Mapping[str, Adapter],
     fused: Adapter,
     dtype: str,
+    unrefit: Mapping[str, float] | None = None,
 ) -> EvaluateInputs | None:
-    """Everything that the scores depend on; ``None`` without a sealed test. ``dtype`` is the base's."""
+    """Everything that the scores depend on; ``None`` without a sealed test. ``dtype`` is the base's; ``unrefit`` see
+    :func:`rivals`."""
     recipe = prepared.recipe
     domains = domains_of(prepared, "test", recipe.evaluate.test_limit, choices=True)
     if not domains:
         return None
-    models = rivals(prepared, trained, members)
+    stages = [stage.name for stage in recipe.stages]
+    models = rivals(stages, list(members), stack_of(stages[-1], trained), "mixed" in trained, unrefit)
     digest = step_digest(
         "evaluate",
         VERSION,
@@ -108,6 +124,7 @@ def evaluate_step(
     cache: StepCache,
     reporter: Reporter,
     budget: str = "",
+    refit: bool = False,
 ) -> Judged | None:
     """Score base, mixed, every stage, the stack, uniform and what is delivered; ``None`` without a sealed test.
 
@@ -123,9 +140,10 @@ def evaluate_step(
         cache: of steps.
         reporter: progress.
         budget: what the mixed baseline and the stages were trained with, for the note on staging.
+        refit: the delivered adapter is of members that were trained again; ``trained`` are those before.
     """
     recipe = prepared.recipe
-    inputs = evaluate_inputs(prepared, trained, members, fused, str(base.dtype))
+    inputs = evaluate_inputs(prepared, trained, members, fused, str(base.dtype), chosen.weights if refit else None)
     if inputs is None:
         return None
     domains, models, digest = inputs.domains, inputs.models, inputs.digest
@@ -146,7 +164,9 @@ def evaluate_step(
         stages=[stage.name for stage in recipe.stages if stage.name in domains],
         betas={name: beta for name, beta in betas(recipe).items() if name in domains},
         recipe_of=mixture(chosen.weights),
-        same=_same(prepared, models, chosen, merged),
+        same=[] if refit else _same(prepared, models, chosen, merged),
+        singles=list(members),
+        goal=recipe.fusion.aim(),
         budget=budget,
         candidates=tried,
         validation_items=int(chosen.search["validation_items"]) if chosen.search else 0,
@@ -170,11 +190,6 @@ def _same(
     return [name for name, weights in models.items() if name != "base" and weights_key(weights) == key]
 
 
-def mixture(weights: Mapping[str, float]) -> str:
-    """``0.3·general + 0.7·clinic``."""
-    return " + ".join(f"{weight:.3g}·{name}" for name, weight in weights.items() if weight) or "the base alone"
-
-
 def _evaluate(
     work: Path,
     prepared: Prepared,
@@ -192,14 +207,14 @@ def _evaluate(
     items = sum(len(domain.items) for domain in domains.values())
     with reporter.task("sealed test", items * (len(models) + 1), "item") as task:
         _score_rivals(base.load(), trained, models, domains, scores, kept, task)
-        before = _answers(prepared, base.load(), asked)
+        before = _answers(prepared, base.load(), asked, reporter)
         if merged is None:
             with _delivered(base.load(), fused) as model:
-                scores[DELIVERED], after = _score_all(model, domains, task), _answers(prepared, model, asked)
+                scores[DELIVERED], after = _score_all(model, domains, task), _answers(prepared, model, asked, reporter)
         else:
             base.release()
             model = load_base(merged.directory / "model", device=str(base.device), dtype=merged.info["dtype"])
-            scores[DELIVERED], after = _score_all(model, domains, task), _answers(prepared, model, asked)
+            scores[DELIVERED], after = _score_all(model, domains, task), _answers(prepared, model, asked, reporter)
     samples = [
         {
             "domain": domain,
@@ -268,12 +283,13 @@ def _questions(prepared: Prepared, count: int) -> list[tuple[str, Example]]:
     return found[:count]
 
 
-def _answers(prepared: Prepared, base: Base, asked: list[tuple[str, Example]]) -> list[str]:
+def _answers(prepared: Prepared, base: Base, asked: list[tuple[str, Example]], reporter: Reporter) -> list[str]:
     if not asked:
         return []
     prompts = [prepared.renderer.prompt(example.prompt)[-prepared.recipe.max_length :] for _, example in asked]
     sampling = Sampling(max_new_tokens=prepared.recipe.evaluate.sample_tokens, repetition_penalty=1.1)
-    return answers(base.model, prepared.tokenizer, prompts, sampling, stop=prepared.renderer.end_of_turn)
+    with reporter.task("sample answers"):
+        return answers(base.model, prepared.tokenizer, prompts, sampling, stop=prepared.renderer.end_of_turn)
 
 
 def _write_scores(path: Path, scores: Mapping[str, Mapping[str, Scores]]) -> None:

@@ -22,12 +22,13 @@ from lorchestra.data.load import load_examples
 from lorchestra.data.split import split
 from lorchestra.events import SILENT
 from lorchestra.pipeline.cache import SCRATCH, Step, StepCache
-from lorchestra.pipeline.choosing import concluded, search_inputs, settled
+from lorchestra.pipeline.choosing import Chosen, concluded, search_inputs, settled
 from lorchestra.pipeline.costs import Cost, Costs, Outlook, outlook_of
 from lorchestra.pipeline.delivering import fuse_digest, merge_digest
 from lorchestra.pipeline.estimate import Machine, Shape, empty_model, measure, shape_of
 from lorchestra.pipeline.judging import evaluate_inputs
 from lorchestra.pipeline.prepare import Prepared, prepare, split_spec
+from lorchestra.pipeline.refitting import acting, refit_inputs
 from lorchestra.pipeline.training import Trained, context_of, load_trained, mixed_inputs, stage_digest, stage_inputs
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.recipe.sections import Stage
@@ -133,6 +134,7 @@ class _Planner:
         self.dtype = choose_dtype(self.device, recipe.dtype)
         self.cache = StepCache(home() / "steps")
         self.steps: list[PlannedStep] = []
+        self.trained: dict[str, Trained] = {}
         self.ratios: list[float] = []  # of finished and begun stages: seconds they take / estimated
         self.model: Any = None
         self.shape: Shape | None = None
@@ -199,6 +201,7 @@ class _Planner:
             trained = self._training(prepared, stage.name, needs, inputs, outlook, cost)
             if trained is not None:
                 adapters[stage.name] = trained.adapter
+                self.trained[stage.name] = trained
             tokens += int(trained.training["tokens"]) if trained else outlook.tokens or 0
         if self.recipe.evaluate.mixed_baseline:
             names = [stage.name for stage in self.recipe.stages]
@@ -261,9 +264,14 @@ class _Planner:
             digest = inputs.digest if inputs else ""
             step = self._look("search", ("data", *inside), digest, costs.search() if costs else None)
             if step is not None and inputs is not None:
-                chosen = concluded(members, inputs, step)
+                chosen = concluded(recipe, members, inputs, step)
             inside = (*inside, "search")
-        digest = fuse_digest(prepared, members, chosen.weights) if prepared and chosen else ""
+        stages = tuple(step.name for step in self.steps if step.kind == "stage")
+        refitted = self._refits(chosen, adapters, inside)
+        inside = (*inside, *(step.name for step in self.steps if step.kind == "stage" and step.name not in stages))
+        digest = ""
+        if prepared and chosen and refitted is not None:
+            digest = fuse_digest(prepared, {**members, **refitted}, chosen.weights)
         step = self._look("fuse", inside or ("data",), digest, costs.fuse() if costs else None)
         fused = Adapter.load(step.directory / "adapter") if step is not None else None
         if recipe.deliver.merged:
@@ -271,13 +279,40 @@ class _Planner:
             self._look("merge", ("base", "fuse"), digest, costs.merge() if costs else None)
         if recipe.split.test == 0 and not (prepared and any(d.splits.test for d in prepared.data.values())):
             return
-        stages = [step.name for step in self.steps if step.kind == "stage"]
         digest = ""
-        if prepared and fused and {*recipe.adapters, *stages} <= adapters.keys():
-            judged = evaluate_inputs(prepared, adapters, members, fused, dtype)
+        if prepared and chosen and fused and {*recipe.adapters, *stages} <= adapters.keys():
+            unrefit = chosen.weights if recipe.fusion.refit else None
+            judged = evaluate_inputs(prepared, adapters, members, fused, dtype, unrefit)
             digest = judged.digest if judged else ""
         last = "merge" if recipe.deliver.merged else "fuse"
         self._look("evaluate", ("data", *stages, last), digest, costs.evaluate() if costs else None)
+
+    def _refits(
+        self, chosen: Chosen | None, adapters: Mapping[str, Adapter], after: tuple[str, ...]
+    ) -> dict[str, Adapter] | None:
+        """Steps of the refit, if one is asked for; the members it makes, ``None`` if one of them is not there yet."""
+        recipe, refitted = self.recipe, dict[str, Adapter]()
+        if not recipe.fusion.refit:
+            return refitted
+        stages = acting(recipe, chosen.weights if chosen else dict.fromkeys(recipe.members, 1.0))
+        for stage in stages:
+            name = f"refit:{stage.name}"
+            inner = [other.name for other in stages if other.name in stage.context]
+            needs = ("data", stage.name, *(f"refit:{other}" for other in inner), *(n for n in after if n == "search"))
+            if self.prepared is None or self.costs is None:
+                self._add(PlannedStep(name, "stage", needs, "to do"))
+                continue
+            inputs, (outlook, cost) = None, self.costs.stage(stage)
+            if chosen is not None and stage.name in self.trained and {*inner} <= refitted.keys():
+                training = self.trained[stage.name].training
+                inputs = refit_inputs(self.prepared, stage, training, adapters, refitted)
+                outlook, cost = self.costs.refit(inputs)
+            made = self._training(self.prepared, name, needs, inputs, outlook, cost)
+            if made is not None:
+                refitted[stage.name] = made.adapter
+        if len(refitted) < len(stages):
+            return None
+        return {name: adapter for name, adapter in refitted.items() if name in recipe.members}
 
     def _look(self, kind: str, needs: tuple[str, ...], digest: str, cost: Cost | None) -> Step | None:
         """Add a step that is looked up by its digest, where that is known already."""

@@ -138,6 +138,7 @@ def stage_digest(prepared: Prepared, inputs: StageInputs, device: str, dtype: st
         "seeds": [inputs.init_seed, inputs.data_seed],
         "device": device,
         "dtype": dtype,
+        **({} if inputs.stop is None else {"stop": inputs.stop}),
     }
     needs = {
         "base": prepared.base_digest,

@@ -144,6 +144,27 @@ def something_to_search_on(recipe: Recipe) -> Iterable[Problem]:
         )
 
 
+def goal(recipe: Recipe) -> Iterable[Problem]:
+    """A goal weighs domains that the search sees, the stages', and one of them at least."""
+    if not isinstance(recipe.fusion.goal, dict):
+        return
+    stages = [stage.name for stage in recipe.stages]
+    for name in recipe.fusion.goal:
+        if name not in stages:
+            yield ("fusion", "goal", name), f"{name!r} is no stage of this recipe{near(name, stages)}"
+    if not any(recipe.fusion.goal.values()):
+        yield ("fusion", "goal"), f"no domain counts; give one of them at least a weight ({', '.join(stages)})"
+
+
+def strategy(recipe: Recipe) -> Iterable[Problem]:
+    """CMA-ES has nothing to adapt along one axis, and a grid has as many points as it has."""
+    fusion = recipe.fusion
+    if fusion.strategy == "grid" and fusion.candidates is not None:
+        yield ("fusion", "candidates"), "a grid has its own number of points; leave it out, or take another strategy"
+    if fusion.weights == "search" and fusion.strategy == "cmaes" and len(recipe.members) < 2:
+        yield ("fusion", "strategy"), "cmaes needs two members at least; with one take gradient or surrogate"
+
+
 def something_to_judge_on(recipe: Recipe) -> Iterable[Problem]:
     """Of a domain nothing but the sealed test is read."""
     if recipe.evaluate.domains and recipe.split.test == 0:
@@ -180,7 +201,7 @@ def whole_stack(recipe: Recipe) -> Iterable[Problem]:
 
 RULES = (
     names, contexts, stage_settings, how_long, preference_losses, members, given_weights, whole_stack,
-    something_to_search_on, something_to_judge_on, device, variables,
+    something_to_search_on, goal, strategy, something_to_judge_on, device, variables,
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from lorchestra.train.settings import ContextMember, Objective, Settings
 
 if TYPE_CHECKING:
     from lorchestra.data.load import DataSpec
+    from lorchestra.evaluate.goal import Goal
 
 # Keys of `train` that may stand directly on a stage, as in `--set stages.0.epochs=1`.
 SHORTHAND = ("epochs", "max_steps", "learning_rate")
@@ -103,13 +104,29 @@ class Stage(Settings):
 
 
 class Fusion(Settings):
-    """How the members' coefficients are chosen. ``rank`` null keeps the exact sum."""
+    """How the members' coefficients are chosen. ``candidates`` null leaves their number to the strategy, ``rank`` null
+    keeps the exact sum."""
 
     members: tuple[str, ...] = ()
     weights: Weights = "search"
-    candidates: Annotated[int, Field(ge=1)] = 12
+    strategy: Literal["gradient", "surrogate", "tpe", "cmaes", "sobol", "grid", "heuristics"] = "gradient"
+    candidates: Annotated[int, Field(ge=1)] | None = None
     validation_limit: Annotated[int, Field(ge=1)] | None = 20
+    goal: Literal["mean", "worst"] | dict[str, Annotated[float, Field(ge=0)]] = "mean"
+    tolerance: Annotated[float, Field(ge=0)] | None = None
+    rule: Literal["one_se", "minimum"] = "one_se"
+    folds: Annotated[int, Field(ge=2)] = 5
+    repeats: Annotated[int, Field(ge=1)] = 10
+    refit: bool = False
     rank: Annotated[int, Field(ge=1)] | None = None
+
+    def aim(self) -> Goal:
+        """The goal with its limit, for the search and the verdict."""
+        from lorchestra.evaluate.goal import Goal
+
+        if isinstance(self.goal, dict):
+            return Goal("weighted", self.goal, self.tolerance)
+        return Goal(self.goal, tolerance=self.tolerance)
 
 
 class Evaluate(Settings):

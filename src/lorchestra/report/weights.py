@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lorchestra.report.choice import behind, behind_span, choice_section
 from lorchestra.report.drawing import finite, number, spanned
 from lorchestra.report.figures import Candidate, bar, colour_bar, interval_strip, score_span, simplex
 from lorchestra.report.surface import surface
@@ -28,7 +29,7 @@ def search_section(search: Mapping[str, Any], hues: Mapping[str, int]) -> dict[s
         points.append(Candidate(weights, float(row["score"]), title, best=weights == chosen))
     low, high = score_span(points)
     base = next((float(row["score"]) for row in found if row.get("origin") == "base"), None)
-    span = spanned((low, high))
+    span, apart = spanned((low, high)), behind_span(found)
     rows = [
         {
             "place": k + 1,
@@ -38,6 +39,7 @@ def search_section(search: Mapping[str, Any], hues: Mapping[str, int]) -> dict[s
             "score": f"{point.score:.4f}",
             "strip": interval_strip(point.score, None, None, span, base, "better" if point.best else "plain"),
             "chosen": point.best,
+            "behind": behind(row, apart, point.best),
         }
         for k, (row, point) in enumerate(zip(found, points, strict=True))
     ]
@@ -54,6 +56,9 @@ def search_section(search: Mapping[str, Any], hues: Mapping[str, int]) -> dict[s
         "rows": rows[:_SHOWN],
         "more": rows[_SHOWN:],
         "base": base is not None,
+        "goal": str(mapping(search.get("selection")).get("goal") or "the mean over domains of loss / base loss"),
+        "compared": any(row["behind"] for row in rows),
+        "choice": choice_section(search, members),
     }
 
 
@@ -86,9 +91,15 @@ def fusion_section(fusion: Mapping[str, Any], hues: Mapping[str, int]) -> dict[s
         "facts": _known(
             ("Rank", number(fusion.get("rank")) if fusion.get("rank") is not None else None),
             ("Energy kept", percent(fusion["retained"]) if finite(fusion.get("retained")) else None),
+            *((f"Trained again: {row.get('name')}", _refit(row)) for row in records(fusion.get("refit"))),
         ),
         "warnings": strings(fusion.get("warnings")),
     }
+
+
+def _refit(row: Mapping[str, Any]) -> str:
+    examples, steps = mapping(row.get("examples")).get("train"), records(row.get("history"))
+    return f"{number(examples)} examples, {number(len(steps))} steps, {duration(row.get('seconds'))}"
 
 
 def merge_section(merge: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -105,15 +105,15 @@ class Loop:
         self._start_trackers()
         self.member.train()
         if progress.step:
-            self.reporter.say(f"{self.name}: resumed after step {progress.step} of {self.plan.steps}")
+            self.reporter.say(f"{self.name}: resumed after step {progress.step} of {self.plan.last}")
         try:
             with self.interrupts.watched():
                 if self._validation_is_due(progress):  # before the first step, or where a stop came before it
                     self._validate(progress)
-                with self.reporter.task(f"train {self.name}", self.plan.steps, "step") as task:
+                with self.reporter.task(f"train {self.name}", self.plan.last, "step") as task:
                     if progress.step:
                         task.advance(progress.step)
-                    while progress.step < self.plan.steps and not progress.stopped:
+                    while progress.step < self.plan.last and not progress.stopped:
                         self._advance(progress, task)
         except KeyboardInterrupt:
             raise Interrupted(self._stop(progress)) from None
@@ -234,7 +234,7 @@ class Loop:
     def _validation_is_due(self, progress: Progress) -> bool:
         """Before the first step, every ``eval_every`` steps (an epoch) and after the last; once each."""
         every = self.settings.eval_every or self.plan.steps_per_epoch
-        due = progress.step % every == 0 or progress.step == self.plan.steps
+        due = progress.step % every == 0 or progress.step == self.plan.last
         return due and not any(row["step"] == progress.step for row in progress.validation)
 
     def _validate(self, progress: Progress) -> None:
@@ -275,7 +275,7 @@ class Loop:
         self.reporter.event("stopped", stage=self.name, step=kept)
         if not kept:
             return f"stopped before the first step of {self.name} was done; the same command begins it again"
-        steps = f"{kept} of {self.plan.steps} steps of {self.name}"
+        steps = f"{kept} of {self.plan.last} steps of {self.name}"
         return f"stopped; {steps} are kept, and the same command goes on from there"
 
 

@@ -21,9 +21,12 @@ class BatchPlan:
         settings: batch size, accumulation, epochs or steps.
         seed: of the data order.
         fixed: see above.
+        stop: end after this step of the whole, schedules being those of the whole; ``None`` to go to its end.
     """
 
-    def __init__(self, lengths: Sequence[int], settings: TrainSettings, seed: int, fixed: bool) -> None:
+    def __init__(
+        self, lengths: Sequence[int], settings: TrainSettings, seed: int, fixed: bool, stop: int | None = None
+    ) -> None:
         self.lengths = lengths
         self.size = settings.batch_size
         self.accumulation = settings.gradient_accumulation
@@ -32,6 +35,7 @@ class BatchPlan:
         self.micro_batches = math.ceil(len(lengths) / self.size)
         self.steps_per_epoch = math.ceil(self.micro_batches / self.accumulation)
         self.steps = settings.max_steps or max(1, round(settings.epochs * self.steps_per_epoch))
+        self.last = self.steps if stop is None else min(stop, self.steps)
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
     def composition(self) -> list[list[int]]:

@@ -45,6 +45,7 @@ class StageInputs:
         data_seed: of the order of the data and of dropout.
         data: name → digest of the data, for the lineage.
         salt: what A is drawn by beside ``init_seed``, so that stages start apart; empty: the name.
+        stop: end after this step, with the schedules of the whole; ``None``: go to the end.
     """
 
     name: str
@@ -58,6 +59,7 @@ class StageInputs:
     data_seed: int = 0
     data: Mapping[str, str] | None = None
     salt: str = ""
+    stop: int | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def train_stage(
             objective = SftObjective(model, layout, inputs.items, validation)
         else:
             objective = PreferenceObjective(model, layout, inputs.items, validation, inputs.objective)
-        plan = BatchPlan(objective.lengths, inputs.train, inputs.data_seed, objective.fixed)
+        plan = BatchPlan(objective.lengths, inputs.train, inputs.data_seed, objective.fixed, inputs.stop)
         first_loss = None
         if isinstance(objective, PreferenceObjective):
             fresh = not any(directory.glob("step-*"))
@@ -150,7 +152,7 @@ def train_stage(
     lineage = stage_lineage(inputs, progress.best_loss, progress.best_step)
     adapter = Adapter(modules, base, lineage, _transposed(model, modules))
     trainable = sum(p.numel() for p in member.parameters())
-    return StageResult(adapter, progress, plan.steps, plan.steps_per_epoch, trainable, first_loss)
+    return StageResult(adapter, progress, plan.last, plan.steps_per_epoch, trainable, first_loss)
 
 
 def frozen_digest(model: nn.Module, reporter: Reporter = SILENT, task: str = "digest of the base") -> str:
@@ -195,6 +197,8 @@ def stage_lineage(inputs: StageInputs, best_loss: float | None, best_step: int |
         "context": {name: member.model_dump(mode="json") for name, member in schedules.items()},
         "seeds": {"init": inputs.init_seed, "data": inputs.data_seed},
     }
+    if inputs.stop is not None:
+        settings["stop"] = inputs.stop
     return Lineage(
         made_by="stage",
         name=inputs.name,

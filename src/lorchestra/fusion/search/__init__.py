@@ -6,11 +6,12 @@ from lorchestra.fusion.search.candidates import (
     Weights,
     candidates,
     context_warnings,
+    fixed_points,
     heuristic,
     stack_of,
     weights_key,
 )
-from lorchestra.fusion.search.driver import SearchResult, search
+from lorchestra.fusion.search.driver import SearchResult, passes_of, search
 from lorchestra.fusion.search.problem import Objective, Space
 from lorchestra.fusion.search.strategies import DEFAULT, STRATEGIES, Strategy
 
@@ -26,7 +27,9 @@ __all__ = [
     "Weights",
     "candidates",
     "context_warnings",
+    "fixed_points",
     "heuristic",
+    "passes_of",
     "search",
     "stack_of",
     "weights_key",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,27 +53,30 @@ def stack_of(name: str, members: Mapping[str, Adapter]) -> dict[str, float] | No
 
 
 def candidates(members: Mapping[str, Adapter]) -> list[Candidate]:
-    """The fixed points, which every search tries first; without repetition.
+    """The :func:`fixed_points` of ``members`` (name → adapter, in training order), which every search tries first."""
+    return fixed_points(list(members), {name: stack_of(name, members) for name in members})
 
-    Every trained stack (stages trained on an active context sit outside Σλ = 1), the largest first; that largest
-    stack without one of its stages; each single adapter; uniform 1/K; the base.
+
+def fixed_points(names: Sequence[str], stacks: Mapping[str, Weights | None]) -> list[Candidate]:
+    """Every trained stack (stages trained on an active context sit outside Σλ = 1), the largest first; that largest
+    stack without one of its stages; each single adapter; uniform 1/K; the base; without repetition.
 
     Args:
-        members: name → adapter, in training order.
+        names: of the members, in training order.
+        stacks: member → the sum it was trained in, as :func:`stack_of` gives it.
     """
-    names = list(members)
     found: dict[str, Candidate] = {}
 
     def add(weights: Weights, origin: str) -> None:
         found.setdefault(weights_key(weights), Candidate(dict(weights), origin))
 
-    stacks = [stack for name in reversed(names) if (stack := stack_of(name, members)) is not None and _parts(stack) > 1]
-    for stack in stacks:
+    trained = [stack for name in reversed(names) if (stack := stacks.get(name)) is not None and _parts(stack) > 1]
+    for stack in trained:
         add(stack, "stack")
     for name in names:
         add({other: float(other == name) for other in names}, "single")
-    if stacks:
-        largest = max(stacks, key=_parts)
+    if trained:
+        largest = max(trained, key=_parts)
         for name in names:
             if largest[name]:
                 add({**largest, name: 0.0}, "drop")

@@ -35,16 +35,33 @@ def budget_of(space: Space, strategy: str, budget: int | None) -> int:
     row = strategy_named(strategy)
     if len(space.members) < row.least:
         raise UserError(f"{row.name} needs {row.least} members at least; with one, take gradient or surrogate")
-    fixed = len(space.fixed())
-    if row.name != "grid":
+    groups = SLOPE * 4 + 1 if space.divided else 0
+    return passes_of(row.name, len(space.members), len(space.fixed()), budget, space.step, len(space.totals), groups)
+
+
+def passes_of(
+    strategy: str, members: int, fixed: int, budget: int | None, step: float = 0.1, totals: int = 1, groups: int = 0
+) -> int:
+    """:func:`budget_of` by numbers alone, as they are known before any adapter is.
+
+    Args:
+        strategy: its name.
+        members: K.
+        fixed: points that are tried whatever the strategy.
+        budget: as asked; ``None`` if nothing was.
+        step: of the grid.
+        totals: Σλ values of the grid.
+        groups: passes for layer groups, on top of a grid.
+    """
+    if strategy != "grid":
         return max(BUDGET if budget is None else budget, fixed)
-    size = grid_size(len(space.members), space.step, len(space.totals))
+    size = grid_size(members, step, totals)
     if budget is not None and budget < size + fixed:
         raise UserError(
             f"the grid has {size} points (and there are {fixed} fixed ones), more than the budget of {budget}; "
             "give a larger budget or step, or another strategy"
         )
-    return size + fixed + (SLOPE * 4 + 1 if space.divided else 0)
+    return size + fixed + groups
 
 
 def search(
