@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import dropout, embedding, linear
 
 from lorchestra.adapter.lowrank import LowRank
 from lorchestra.errors import AdapterError, TrainingError
@@ -72,7 +72,10 @@ class _Stack:
 
 
 class BankLayer:
-    """The adapters at one linear module; a forward hook that adds Σᵢ c[b, i]·(x Aᵢᵀ) Bᵢᵀ to its output."""
+    """The adapters at one linear module; a forward hook that adds Σᵢ c[b, i]·(x Aᵢᵀ) Bᵢᵀ to its output.
+
+    At an embedding x is tokens, and x Aᵢᵀ looks their columns of Aᵢ up.
+    """
 
     def __init__(self, path: str, switch: Switch, device: torch.device, dtype: torch.dtype) -> None:
         self.path = path
@@ -102,20 +105,23 @@ class BankLayer:
         return not self.frozen and self.trainable is None
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """The forward hook: ``args[0]`` is ``[b, L, n]`` (or ``[…, n]`` when coefficients are shared)."""
+        """The forward hook: ``args[0]`` is ``[b, L, n]``, or ``[…, n]`` when coefficients are shared; at an embedding
+        tokens, without the n.
+        """
         selection = self.switch.selection
         if selection is None:
             return output
         x = args[0]
-        if selection.per_row and (x.ndim < 3 or x.shape[0] != selection.coefficients.shape[0]):
+        axes = 2 if isinstance(module, nn.Embedding) else 3
+        if selection.per_row and (x.ndim < axes or x.shape[0] != selection.coefficients.shape[0]):
             raise AdapterError(
                 f"{self.path}: coefficients for {selection.coefficients.shape[0]} rows, but the input is "
                 f"{tuple(x.shape)}; give one row of coefficients per sequence of the batch"
             )
         stack = self._stacked(selection.members)
         if stack is not None:
-            z = linear(x, stack.A) * _spread(selection, stack.column, x)
-            output = output + linear(z, stack.B)
+            z = _projected(module, x, stack.A)
+            output = output + linear(z * _spread(selection, stack.column, z), stack.B)
         if self.trainable is not None and self.trainable[0] in selection.members:
             name, member, index = self.trainable
             column = torch.tensor([selection.members.index(name)], device=x.device)
@@ -165,6 +171,15 @@ class BankLayer:
             torch.cat([update.B for _, update in here], dim=1),
             torch.cat(columns),
         )
+
+
+def _projected(module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+    """x Aᵀ ``[b, L, R]``; for tokens the columns of A, scaled as the embedding scales what it looks up (Gemma)."""
+    if not isinstance(module, nn.Embedding):
+        return linear(x, A)
+    z = embedding(x, A.T)
+    scale = getattr(module, "embed_scale", None)
+    return z if scale is None else z * torch.as_tensor(scale).to(z)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -30,11 +30,17 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def _embedding_shape(module: nn.Module) -> tuple[int, int] | None:
+    """``(width, tokens)`` of an embedding, else ``None``."""
+    return (module.embedding_dim, module.num_embeddings) if isinstance(module, nn.Embedding) else None
+
+
 class Bank:
     """K adapters on one model; y = x Wᵀ + Σᵢ c[b, i]·(x Aᵢᵀ) Bᵢᵀ for row b.
 
-    Works by forward hooks on the linear modules: weights, state dict and module tree of the model do not
-    change. Without a selection (:meth:`using`, :meth:`using_rows`) the model answers as the base.
+    Works by forward hooks on the linear modules (and on embeddings that an adapter changes): weights, state dict and
+    module tree of the model do not change. Without a selection (:meth:`using`, :meth:`using_rows`) the model answers as
+    the base.
 
     Args:
         model: any module with linear modules, on its device.
@@ -75,7 +81,10 @@ class Bank:
                 f"adapter {name!r} was trained on base {adapter.base.name or theirs[:19]!r}, whose weights differ from "
                 f"the mounted {self.base.name if self.base else ''!r}; load the base it belongs to"
             )
-        targets = {path: self._target(name, path, update.shape) for path, update in adapter.modules.items()}
+        targets = {
+            path: self._target(name, path, update.shape, path in adapter.embeddings)
+            for path, update in adapter.modules.items()
+        }
         for path, update in adapter.modules.items():
             self._layer(path, targets[path]).load(name, update)
         self._adapters[name] = adapter
@@ -194,7 +203,7 @@ class Bank:
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise AdapterError(f"no adapter {name!r} is mounted; mounted: {', '.join(self.names) or 'none'}{hint}")
 
-    def _target(self, name: str, path: str, shape: tuple[int, int]) -> nn.Module:
+    def _target(self, name: str, path: str, shape: tuple[int, int], embedding: bool = False) -> nn.Module:
         try:
             module = self.model.get_submodule(path)
         except AttributeError:
@@ -205,7 +214,7 @@ class Bank:
                 f"adapter {name!r} changes {path!r}, which {type(self.model).__name__} does not have{hint}. "
                 "It belongs to another base"
             ) from None
-        found = linear_shape(module)
+        found = _embedding_shape(module) if embedding else linear_shape(module)
         if found != shape:
             raise AdapterError(
                 f"adapter {name!r} has an update of shape {shape} for {path!r}, a {type(module).__name__} of shape "
