@@ -34,7 +34,7 @@ from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.lowrank import LowRank
 from lorchestra.adapter.peft_format import effective_scales
 from lorchestra.fusion.methods import compress, fuse
-from lorchestra.fusion.search import candidates, search
+from lorchestra.fusion.search import Space, search
 from lorchestra.fusion.stream import merge
 from lorchestra.stats import intervals
 from safetensors.torch import save_file
@@ -45,7 +45,12 @@ a.save(here / "a")
 a = Adapter.load(here / "a")
 effective_scales(here / "a")
 small, _ = compress(fuse([a, a], [0.5, -1.0]), rank=1)
-search(candidates({"a": a, "b": small}, 6), lambda weights: sum(weights.values()))
+class Sum:
+    def values(self, points):
+        return [sum(point.values()) for point in points]
+    def slope(self, point):
+        return sum(point.values()), dict.fromkeys(point, 1.0)
+search(Space({"a": a, "b": small}), Sum())
 (here / "base").mkdir()
 (here / "base" / "config.json").write_text("{}")
 save_file({"model.q.weight": torch.ones(4, 3)}, here / "base" / "model.safetensors")

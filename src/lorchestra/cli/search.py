@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorchestra.cli.completion import adapters, among, models
 from lorchestra.cli.options import (
     Device,
     Dtype,
@@ -39,22 +40,13 @@ GOALS = ("mean", "worst")
 CHOICE, SPACE, DATA = "How to choose", "Where to search", "Data"
 
 
-def _strategies() -> list[str]:
-    return list(STRATEGIES)
-
-
-def _rules() -> list[str]:
-    return list(RULES)
-
-
-def _goals() -> list[str]:
-    return list(GOALS)
-
-
 def search(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Model directory, org/name, GGUF file or pip: source.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Model directory, org/name, GGUF file or pip: source.",
+                                        autocompletion=models)],
     adapter: Annotated[
-        list[str], typer.Argument(metavar="[NAME=]ADAPTER…", help="In the order in which they were trained.")
+        list[str],
+        typer.Argument(metavar="[NAME=]ADAPTER…", help="In the order in which they were trained.",
+                       autocompletion=adapters),
     ],
     data: Annotated[
         list[str],
@@ -62,7 +54,9 @@ def search(
     ],
     output_dir: Annotated[Path, typer.Option("--output_dir", "-o", metavar="DIR", help="Where the result goes.")],
     strategy: Annotated[
-        str, typer.Option("--strategy", metavar="NAME", help=", ".join(STRATEGIES) + ".", autocompletion=_strategies)
+        str,
+        typer.Option("--strategy", metavar="NAME", help=", ".join(STRATEGIES) + ".",
+                     autocompletion=among(*STRATEGIES)),
     ] = "gradient",
     budget: Annotated[
         int | None,
@@ -72,7 +66,7 @@ def search(
     goal: Annotated[
         str,
         typer.Option("--goal", metavar="GOAL", help="mean or worst of the domains, or notes=2,chat=1.",
-                     rich_help_panel=CHOICE, autocompletion=_goals),
+                     rich_help_panel=CHOICE, autocompletion=among(*GOALS)),
     ] = "mean",
     tolerance: Annotated[
         float | None,
@@ -82,7 +76,7 @@ def search(
     rule: Annotated[
         str,
         typer.Option("--rule", metavar="RULE", help="one_se: the simplest that the best cannot be told from; minimum.",
-                     rich_help_panel=CHOICE, autocompletion=_rules),
+                     rich_help_panel=CHOICE, autocompletion=among(*RULES)),
     ] = "one_se",
     folds: Annotated[int, typer.Option("--folds", min=2, rich_help_panel=CHOICE, help="Of the cross-validation.")] = 5,
     layer_groups: Annotated[
@@ -108,7 +102,9 @@ def search(
         int | None, typer.Option("--limit", min=2, rich_help_panel=DATA, help="λ-validation items of each domain.")
     ] = None,
     task: Annotated[
-        str, typer.Option("--task", rich_help_panel=DATA, help="sft, dpo, or auto: dpo for preference pairs.")
+        str,
+        typer.Option("--task", metavar="KIND", help="sft, dpo, or auto: dpo for preference pairs.",
+                     rich_help_panel=DATA, autocompletion=among("auto", "sft", "dpo")),
     ] = "auto",
     beta: Annotated[float, typer.Option("--beta", rich_help_panel=DATA, help="β of preference pairs.")] = 0.1,
     max_length: Annotated[int, typer.Option("--max_length", min=8, rich_help_panel=DATA, help="Tokens.")] = 1024,
