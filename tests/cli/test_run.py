@@ -75,6 +75,12 @@ def test_plan_run_plan_and_talk_to_the_result(lorchestra, recipe, tmp_path):
     for model in report["evaluation"]["models"]:
         assert rows[model][1] == f"{losses[model, 'general']:.3f}"
         assert rows[model][2] == f"{losses[model, 'preference']:.3f}"
+    # Why these weights, and who is unbeaten on λ-validation.
+    for reason in report["search"]["selection"]["reasons"]:
+        assert reason in " ".join(told.out.split())
+    chosen = report["search"]["candidates"][report["search"]["selection"]["chosen"]]
+    (line,) = [line for line in told.out.splitlines() if line.endswith("chosen") and f"{chosen['score']:.4f}" in line]
+    assert chosen["origin"] in line
     for place in ("runs/tiny/final/adapter", "runs/tiny/final/model", "runs/tiny/report.html"):
         assert (tmp_path / place).exists()
         assert place in told.out
@@ -131,6 +137,18 @@ def test_check_shows_the_data_as_training_sees_it(lorchestra, recipe, tmp_path):
         assert warning in " ".join(told.out.split())
 
 
+def test_plan_before_anything_is_fetched_says_why_it_knows_so_little(lorchestra, recipe):
+    recipe.write_text(recipe.read_text().replace("base: ", "base: pip:nobody==1/nothing.gguf  # "))
+    told = lorchestra("plan", "recipe.yaml")
+    assert told.code == 0, told.err
+    lines = told.out.splitlines()
+    assert lines[1].startswith("Not here yet")
+    assert lines[2] == "  base: 'pip:nobody==1/nothing.gguf' has not been fetched yet"
+    heads = [line.split() for line in lines if line.startswith(("step ", "stage "))]
+    assert heads == [["step", "after", "state"], ["stage", "examples", "steps", "scale"]]
+    assert not any(line != line.rstrip() for line in lines)
+
+
 def test_check_refuses_data_that_teaches_nothing(lorchestra, recipe, tmp_path):
     (tmp_path / "general.jsonl").write_text(json.dumps({"prompt": "a?", "completion": "b"}) + "\n")
     lorchestra("check", "recipe.yaml").refused("stage general: the", "part is empty")
@@ -166,7 +184,9 @@ def test_a_mistake_in_a_recipe(verb, old, new, message, lorchestra, recipe):
     ("argv", "words"),
     [
         (["run", "nowhere.yaml"], ["there is no recipe nowhere.yaml; `lorchestra init` writes one"]),
-        (["run", "."], ["is a directory; name the recipe in it"]),
+        (["run", "."], ["is a directory; name the recipe in it (recipe.yaml)"]),
+        (["run", "home"], ["there is no recipe home"]),
+        (["plan", "general.jsonl"], ["general.jsonl is data, not a recipe; `lorchestra init --data general.jsonl` writes"]),
         (["run", "recipe.yaml", "--set", "stages.0.epoch=1"], ["--set stages.0.epoch=1: stages.0.epoch: unknown key 'epoch'; did you mean 'epochs'?"]),
         (["plan", "recipe.yaml", "--set", "epochs"], ["write key.path=value"]),
         (["run", "recipe.yaml", "--set", "device=cuda:0", "--set", "base=hf:nobody/nothing"], ["device 'cuda:0' is not available here"]),

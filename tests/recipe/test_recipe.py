@@ -103,6 +103,16 @@ MISTAKES = {
     "schedule ends first": ("to: 0.5", "to: 0.5, start: 0.9, end: 0.2", "r.yaml:19: stages.2.context.general: start (0.9) must come before end (0.2)"),
     "member unknown": ("candidates: 8", "members: [general, clinik]", "r.yaml:21: fusion.members: 'clinik' is no stage or adapter of this recipe; did you mean 'clinic'?"),
     "member twice": ("candidates: 8", "members: [general, general]", "r.yaml:21: fusion.members: 'general' is here twice"),
+    "goal unknown": ("candidates: 8", "goal: best", "r.yaml:21: fusion.goal: expected one of mean, worst or a mapping (key: value), got 'best'"),
+    "goal of nobody": ("candidates: 8", "goal: {clinik: 1}", "r.yaml:21: fusion.goal.clinik: 'clinik' is no stage of this recipe; did you mean 'clinic'?"),
+    "goal of nothing": ("candidates: 8", "goal: {clinic: 0}", "r.yaml:21: fusion.goal: no domain counts; give one of them at least a weight (general, clinic, preference)"),
+    "goal below zero": ("candidates: 8", "goal: {clinic: -1}", "r.yaml:21: fusion.goal.clinic: expected at least 0, got -1"),
+    "limit below zero": ("candidates: 8", "tolerance: -0.1", "r.yaml:21: fusion.tolerance: expected at least 0, got -0.1"),
+    "one fold": ("candidates: 8", "folds: 1", "r.yaml:21: fusion.folds: expected at least 2, got 1"),
+    "rule unknown": ("candidates: 8", "rule: best", "r.yaml:21: fusion.rule: expected one of one_se, minimum, got 'best'"),
+    "strategy unknown": ("candidates: 8", "strategy: gradients", "r.yaml:21: fusion.strategy: expected one of gradient, surrogate, tpe, cmaes, sobol, grid, heuristics, got 'gradients'; did you mean 'gradient'?"),
+    "grid with a number": ("candidates: 8", "candidates: 8, strategy: grid", "r.yaml:21: fusion.candidates: a grid has its own number of points; leave it out, or take another strategy"),
+    "cmaes of one": ("candidates: 8", "members: [general], strategy: cmaes", "r.yaml:21: fusion.strategy: cmaes needs two members at least; with one take gradient or surrogate"),
     "weight of none": ("candidates: 8", "weights: {clinik: 2}", "r.yaml:21: fusion.weights.clinik: 'clinik' is no member of the fusion; did you mean 'clinic'?"),
     "no weight at all": ("candidates: 8", "weights: {general: 0, clinic: 0.0}", "r.yaml:21: fusion.weights: every member has weight 0, which is the base itself; give one of them at least a weight (general, clinic, preference)"),
     "weights of nobody": ("candidates: 8", "weights: {}", "r.yaml:21: fusion.weights: every member has weight 0, which is the base itself; give one of them at least a weight (general, clinic, preference)"),
@@ -154,6 +164,19 @@ def test_domains_need_a_sealed_test(load, tmp_path):
 def test_last_needs_no_context_that_has_faded_to_nothing(load):
     faded = GOOD.replace("to: 0.5", "to: 0.0")
     assert load(faded.replace("candidates: 8", "members: [clinic, preference], weights: last"))
+
+
+def test_the_goal_of_a_fusion(load):
+    from lorchestra.evaluate.goal import Goal
+    from lorchestra.fusion.search import STRATEGIES
+
+    assert load().fusion.aim() == Goal()
+    worst = load(GOOD.replace("candidates: 8", "goal: worst, tolerance: 0.02"))
+    assert worst.fusion.aim() == Goal("worst", tolerance=0.02)
+    weighted = load(GOOD.replace("candidates: 8", "goal: {general: 2, clinic: 1}"))
+    assert weighted.fusion.aim() == Goal("weighted", {"general": 2, "clinic": 1})
+    for strategy in STRATEGIES:
+        assert load(GOOD.replace("candidates: 8", f"strategy: {strategy}")).fusion.strategy == strategy
 
 
 def test_names_are_used_once_and_reserved_words_never(load, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from lorchestra.cli.choice_view import show_choice
 from lorchestra.cli.progress import duration
 from lorchestra.cli.terminal import console
 
@@ -46,6 +47,9 @@ def show_result(result: RunResult) -> None:
         _indented(
             out, f"Sealed tests have been read: {', '.join(f'{k} {n}×' for k, n in result.readings.items())}.", "dim"
         )
+    if "selection" in (data.get("search") or {}):
+        out.print()
+        show_choice(out, data["search"])
     evaluation = data.get("evaluation")
     if evaluation:
         out.print()
@@ -67,7 +71,8 @@ def _scores(evaluation: Mapping[str, Any]) -> Table:
     """Models down, domains across; 95 % intervals are in the report."""
     cells: dict[tuple[str, str], dict[str, float]] = {}
     for row in evaluation["rows"]:
-        if row["metric"] in METRICS:
+        # A domain's own loss / base loss says no more than its loss; of all domains together there is nothing else.
+        if row["metric"] in METRICS and not (row["metric"] == "loss_ratio" and row["domain"] in evaluation["domains"]):
             cells.setdefault((row["domain"], row["metric"]), {})[row["model"]] = row["estimate"]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("sealed test")
@@ -98,36 +103,41 @@ def show_plan(plan: Plan) -> None:
     out = console()
     size = f", {plan.parameters:,} parameters" if plan.parameters else ""
     out.print(f"[bold]{plan.recipe}[/] on {escape(plan.base)}{size}, {plan.dtype} on {plan.device}")
+    missing = [step for step in plan.steps if step.state == "to fetch"]
+    if missing:
+        out.print("Not here yet, so that neither times nor all numbers can be told (`lorchestra check` fetches it):")
+        for step in missing:
+            _indented(out, f"{step.name}: {step.note.removeprefix('source ')}")
     out.print()
-    steps = _table("step", "after", "state", "time", "memory", left=3)
+    steps = []
     for step in plan.steps:
         state = f"[{STATES[step.state]}]{step.state}[/]" if step.state in STATES else step.state
         after = escape(", ".join(name for name in step.needs if not name.startswith("data:")))
-        steps.add_row(escape(step.name), after, state, _time(step), _bytes(step.memory))
-    out.print(steps)
+        steps.append((escape(step.name), after, state, _time(step), _bytes(step.memory)))
+    out.print(_table(("step", "after", "state", "time", "memory"), steps, left=3))
     out.print()
-    stages = _table("stage", "examples", "steps", "trainable", "scale", "tokens to learn", left=1)
-    for step in plan.steps:
-        if step.outlook is not None:
-            stages.add_row(escape(step.name), *_outlook(step.outlook))
-    out.print(stages)
+    stages = [(escape(step.name), *_outlook(step.outlook)) for step in plan.steps if step.outlook is not None]
+    out.print(_table(("stage", "examples", "steps", "trainable", "scale", "tokens to learn"), stages, left=1))
     out.print()
     for step in plan.steps:
-        if step.note and step.state != "cached":
+        if step.note and step.state not in ("cached", "to fetch"):
             out.print(Text(f"{step.name}: {step.note}"))
     if plan.seconds is not None and not all(step.finished for step in plan.steps):
         needs = f", at most about {_bytes(plan.memory)} of memory" if plan.memory else ""
         left = f"about {duration(plan.seconds)}" if plan.seconds >= 1 else "less than a second"
         out.print(f"[bold]{left} to go{needs}[/]")
-    for note in plan.notes:
+    for note in () if missing else plan.notes:
         out.print(Text(note, style="dim"))
 
 
-def _table(*columns: str, left: int) -> Table:
-    """Plain columns; the first ``left`` are texts (the second of them may wrap), the others numbers."""
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> Table:
+    """Plain columns, without those that are empty; the first ``left`` are texts (the second may wrap), then numbers."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i < left else "right", no_wrap=i != 1 or left == 1)
+    filled = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    for i in filled:
+        table.add_column(columns[i], justify="left" if i < left else "right", no_wrap=i != 1 or left == 1)
+    for row in rows:
+        table.add_row(*(row[i] for i in filled))
     return table
 
 
