@@ -19,6 +19,7 @@ from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.lowrank import LowRank
 from lorchestra.base.load import load_base
 from lorchestra.data.render import Branch, Rendered
+from lorchestra.errors import Interrupted
 from lorchestra.evaluate.goal import Goal
 from lorchestra.evaluate.score import Domain
 from lorchestra.fusion.search import STRATEGIES, weights_key
@@ -196,6 +197,22 @@ class TestResume:
         for name in ("score", "score_mixtures", "slope"):
             monkeypatch.setattr(searching, name, never)
         assert found_by(base, members, domains, tmp_path, budget=15) == first
+
+    def test_ctrl_c_says_that_scores_are_kept(self, base, members, domains, tmp_path, monkeypatch):
+        asked, inner = [], searching._Validation._measured
+
+        def measured(self, points):
+            if asked:
+                raise KeyboardInterrupt
+            asked.append(points)
+            return inner(self, points)
+
+        with monkeypatch.context() as patched, pytest.raises(Interrupted, match="the same command goes on"):
+            patched.setattr(searching._Validation, "_measured", measured)
+            found_by(base, members, domains, tmp_path, budget=9)
+        assert not any(module._forward_hooks for module in base.model.modules())
+        whole = found_by(base, members, domains, tmp_path / "whole", budget=9)
+        assert found_by(base, members, domains, tmp_path, budget=9) == whole
 
     @pytest.mark.slow
     def test_kill_9_at_any_moment(self, base, members, domains, tiny_dir, tmp_path):

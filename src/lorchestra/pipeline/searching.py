@@ -14,6 +14,7 @@ import numpy as np
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.bank import Bank
 from lorchestra.base.load import Base
+from lorchestra.errors import Interrupted
 from lorchestra.evaluate.goal import Goal
 from lorchestra.evaluate.mixtures import score_mixtures
 from lorchestra.evaluate.score import Domain, Scores, score
@@ -144,6 +145,7 @@ def search_weights(
     Raises:
         UserError: an unknown strategy, a grid beyond its budget, no finite score.
         AdapterError: a member does not fit the base.
+        Interrupted: Ctrl-C; what was scored is kept.
     """
     bank = Bank(base.model, base.id)
     try:
@@ -153,6 +155,8 @@ def search_weights(
         singles = [point.weights for point in space.fixed() if point.origin == "single"]
         objective = _Validation(bank, domains, betas, plan.goal, base.pad_id, singles, _Memory(work))
         found = search(space, objective, strategy=plan.strategy, budget=plan.budget, seed=plan.seed, reporter=reporter)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; what was scored is kept, and the same command goes on from there") from None
     finally:
         bank.unmount()
     scores = tuple(objective.memory.scores[weights_key(c.weights)] for c in found.candidates)
