@@ -31,7 +31,7 @@ def greedy(model: Any, prompt: list[int], stops: Iterable[int], tokens: int, pen
 
 
 def text(tokenizer: Any, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=True).strip())
+    return str(tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd").strip())
 
 
 @pytest.fixture
@@ -126,3 +126,27 @@ def test_each_row_answers_with_the_adapters_selected_for_it(
     with bank.using_rows(rows):
         assert answers(tiny_model, tiny_tokenizer, prompts, Sampling(max_new_tokens=8)) == expected
     assert answers(tiny_model, tiny_tokenizer, prompts, Sampling(max_new_tokens=8)) != expected
+
+
+def test_an_answer_that_is_cut_off_ends_with_a_whole_character(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    """A byte a token: three make 热. The tiny model is made to say 发热发热…, and is stopped at every length."""
+    said = tiny_tokenizer("发热")["input_ids"]
+    following = dict(zip(said, [*said[1:], said[0]], strict=True))
+    assert len(following) == 6, "every byte says which one comes next"
+
+    class Speaks(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            logits = torch.zeros(*hidden.shape[:2], 260)
+            for row in range(hidden.shape[1]):
+                logits[:, row, following.get(self.last, said[0])] = 1.0
+            self.last = int(logits[0, -1].argmax())
+            return logits
+
+        last = -1
+
+    for tokens in range(1, 8):
+        tiny_model.lm_head = Speaks()
+        pieces: list[str] = []
+        sampling = Sampling(max_new_tokens=tokens)
+        (answer,) = answers(tiny_model, tiny_tokenizer, [[1, 50, 60]], sampling, on_text=pieces.append)
+        assert answer == "".join(pieces) == "发热发热"[: tokens // 3]

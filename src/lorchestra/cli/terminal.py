@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 
@@ -17,7 +17,7 @@ def console(**settings: Any) -> Console:
     found = Console(highlight=False, **settings)
     if found.is_terminal:
         return found
-    return Console(highlight=False, width=UNWRAPPED, color_system=None, file=_Unpadded(), **settings)
+    return Console(highlight=False, width=UNWRAPPED, color_system=None, file=cast(IO[str], _Unpadded()), **settings)
 
 
 class _Unpadded(io.TextIOBase):

@@ -65,7 +65,12 @@ def answers(
         eos_token_id=stop_ids(model, tokenizer, stop),
         **kwargs,
     )
-    return [tokenizer.decode(row[width:], skip_special_tokens=True).strip() for row in out]
+    return [_whole(tokenizer.decode(row[width:], skip_special_tokens=True)).strip() for row in out]
+
+
+def _whole(text: str) -> str:
+    """Without the half of a character that a byte-level tokenizer leaves where an answer is cut off."""
+    return text.rstrip("\ufffd")
 
 
 def _penalty(penalty: float, width: int) -> Any:
@@ -89,6 +94,6 @@ def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
 
     class Streamer(TextStreamer):  # type: ignore[misc]  # transformers is untyped here
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            on_text(text)
+            on_text(_whole(text) if stream_end else text)
 
     return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

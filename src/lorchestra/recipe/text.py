@@ -14,6 +14,7 @@ SHOWN = 8  # problems in one message
 MOST = 20_000  # values of a recipe: aliases of aliases grow without end
 
 # What the YAML reader says → what it means; {mark} is the character it names.
+_DATA = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz")
 _YAML = (
     ("'\\t'", "there is a tab here; YAML is indented with spaces"),
     ("cannot start any token", "a text that begins with this character must stand in quotes"),
@@ -50,12 +51,14 @@ class Document:
         from ruamel.yaml.constructor import DuplicateKeyError
         from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+        if path.suffix.lower() in _DATA and path.is_file():
+            raise RecipeError(f"{path} is data, not a recipe; `lorchestra init --data {path}` writes a recipe for it")
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise RecipeError(f"there is no recipe {path}; `lorchestra init` writes one") from None
         except IsADirectoryError:
-            raise RecipeError(f"{path} is a directory; name the recipe in it ({path / 'recipe.yaml'})") from None
+            raise RecipeError(_directory(path)) from None
         except UnicodeDecodeError:
             raise RecipeError(f"{path} is not a text file in UTF-8; a recipe is YAML") from None
         except OSError as error:
@@ -70,6 +73,8 @@ class Document:
             raise RecipeError(_yaml_problem(path, error)) from None
         except YAMLError as error:
             raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        if path.suffix.lower() == ".json" and not (isinstance(tree, dict) and {"stages", "base"} & tree.keys()):
+            raise RecipeError(f"{path} is data, not a recipe; `lorchestra init --data {path}` writes a recipe for it")
         if not isinstance(tree, dict):
             what = "empty" if tree is None else "a list" if isinstance(tree, list) else f"the text {shown(tree)}"
             raise RecipeError(f"{path}: a recipe is a mapping (name:, base:, stages:); this is {what}")
@@ -148,6 +153,16 @@ def _yaml_problem(path: Path, error: Any) -> str:
     start = any(words in said for words in _FROM_THE_START)
     mark = (error.context_mark if start else None) or error.problem_mark or error.context_mark
     return f"{path}:{mark.line + 1}: {_meaning(said)}" if mark else f"{path}: {_meaning(said)}"
+
+
+def _directory(path: Path) -> str:
+    """What to do with a directory in place of a recipe."""
+    inside = sorted(file.name for ending in ("*.yaml", "*.yml") for file in path.glob(ending))
+    if inside:
+        return f"{path} is a directory; name the recipe in it ({path / inside[0]})"
+    if (path / "adapter_config.json").exists():
+        return f"{path} is an adapter, not a recipe; see it with `lorchestra inspect {path}`"
+    return f"{path} is a directory without a recipe; `lorchestra init {path}` writes one"
 
 
 def _meaning(said: str) -> str:
