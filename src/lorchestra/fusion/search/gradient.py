@@ -14,28 +14,39 @@ import numpy as np
 from lorchestra.fusion.search.problem import SLOPE, Array, Problem, Run, Space, Spent
 from lorchestra.fusion.search.surrogate import Surface, fit
 
-LEAP = 0.25  # of the box, how far from the best fixed point the response surface may lead
+LEAPS, LEAP = 4, 0.5  # how often, and how far (as a share of the box), the response surface may lead
 RADIUS = 0.2  # first trust radius, as a share of the box
 SMALLEST = 0.005  # below this radius (a share of the box too) the descent has arrived
 GAIN = 2e-4  # it has too when the model promises less than this share of the loss
 
 
 def gradient(problem: Problem) -> None:
-    """Descend from the best point so far; while budget is left, from the next best of them that lies elsewhere.
-
-    Where the fixed points determine a response surface, its minimum is tried first: it costs one pass, a slope three.
-    """
-    box, K = problem.space.high - problem.space.low, problem.K
-    if problem.run.left > SLOPE + 1 and len(problem.tried()[1]) >= K * (K + 3) // 2:
-        centre = problem.inside(problem.best)
-        low, high = (problem.inside(centre + side * LEAP * box) for side in (-1, 1))
-        problem.scores([fit(*problem.tried(), centre, LEAP * box).lowest(low, high)], "surrogate")
+    """Descend from the best point so far; while budget is left, from the next best of them that lies elsewhere."""
+    lead(problem)
     points, scores = problem.tried()
+    box = problem.space.high - problem.space.low
     ends: list[Array] = []
     for k in np.argsort(scores, kind="stable"):
         if all(np.abs(points[k] - end).max() > RADIUS / 2 * box for end in ends):
             curvature = fit(*problem.tried(), points[k], RADIUS * box).H
             ends.append(descend(problem, points[k], curvature, "gradient"))
+
+
+def lead(problem: Problem) -> None:
+    """Try the minimum of the response surface, as long as that improves: it costs one pass, a slope three.
+
+    Only where the points so far determine a surface: few members, or many stacks.
+    """
+    box, K = problem.space.high - problem.space.low, problem.K
+    for _ in range(LEAPS):
+        points, scores = problem.tried()
+        if problem.run.left <= SLOPE + 1 or scores.size < K * (K + 3) // 2:
+            return
+        centre = problem.inside(problem.best)
+        low, high = (problem.inside(centre + side * LEAP * box) for side in (-1, 1))
+        (score,) = problem.scores([fit(points, scores, centre, LEAP * box).lowest(low, high)], "surrogate")
+        if score >= scores.min():
+            return
 
 
 def refine(space: Space, run: Run, seed: int) -> None:
