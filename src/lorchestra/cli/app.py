@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lorchestra.cli import chat, diagnose, doctor, evaluate, finetune, fuse, init, inspect, merge, run, search
+from lorchestra.cli import chat, diagnose, doctor, evaluate, export, finetune, fuse, init, inspect, merge, run, search
 from lorchestra.cli.options import either_dash
 from lorchestra.cli.verbs import Verb, Verbs
 
@@ -56,6 +56,7 @@ app.command("merge", cls=Verb, rich_help_panel=ADAPTERS)(merge.merge)
 app.command("fuse", cls=Verb, rich_help_panel=ADAPTERS)(fuse.fuse)
 app.command("inspect", cls=Verb, rich_help_panel=ADAPTERS)(inspect.inspect)
 app.command("diagnose", cls=Verb, rich_help_panel=ADAPTERS)(diagnose.diagnose)
+app.command("export", cls=Verb, rich_help_panel=ADAPTERS)(export.export)
 app.command("search", cls=Verb, rich_help_panel=ADAPTERS)(search.search)
 app.command("chat", cls=Verb, rich_help_panel=ADAPTERS)(chat.chat)
 app.command("eval", cls=Verb, rich_help_panel=ADAPTERS)(evaluate.evaluate)
