@@ -190,7 +190,7 @@ def search(
         for line in context_warnings(members, delivered.weights):
             reporter.say(f"warning: {line}")
     verified = verify(
-        lazy, members, found_data, betas, fused, delivered.weights, len(searched.candidates), rank, reporter
+        lazy, members, found_data, betas, fused, delivered.weights, len(searched.candidates), rank, plan.goal, reporter
     )
     told = _told(output_dir, identity.name, members, plan, searched, selection, fused, retained, verified)
     fused.save(output_dir)

@@ -56,16 +56,19 @@ def _worth(selection: Selection) -> list[str]:
     by_rule = {worth.rule: worth for worth in selection.worth}
     lowest, simple = by_rule["minimum"], by_rule["one_se"]
     how = f"{selection.folds} group-wise folds, dealt {selection.repeats} times; {groups} groups in the smallest domain"
+    other = "the same"
+    if (simple.taken, simple.honest) != (lowest.taken, lowest.honest):
+        other = f"{simple.naive:.4f}; {_seen(simple)}"
     return [
         f"The best of {tried} candidates scores {lowest.naive:.4f} on the items it was chosen on; {_seen(lowest)} "
-        f"({how}). What the one-standard-error rule takes scores {simple.naive:.4f}; {_seen(simple)}."
+        f"({how}). By the one-standard-error rule: {other}."
     ]
 
 
 def _seen(worth: Worth) -> str:
     honest, optimism = worth.honest, worth.optimism
     if max(abs(optimism.low), abs(optimism.high)) < UNSEEN:
-        return f"without any fold the choice is the same, so nothing flatters it ({_at(honest)})"
+        return f"it is chosen without any of the folds too, so nothing flatters it: {_at(honest)}"
     return f"chosen without the items it is scored on, {_at(honest)}: flattered by {_at(optimism)}"
 
 

@@ -18,6 +18,7 @@ from lorchestra.data.load import DataSpec, Loaded, load_examples
 from lorchestra.data.render import Renderer
 from lorchestra.data.split import SplitSpec, split
 from lorchestra.errors import UserError
+from lorchestra.evaluate.goal import Goal
 from lorchestra.evaluate.ledger import Ledger, item_digest
 from lorchestra.evaluate.reasons import mixture
 from lorchestra.evaluate.score import Domain, Kind, Scores, make_domain, score
@@ -227,6 +228,7 @@ def verify(
     weights: Mapping[str, float],
     tried: int,
     rank: int | None,
+    goal: Goal,
     reporter: Reporter,
 ) -> Verified | None:
     """Score base, singles, stack, uniform and what is delivered on the sealed test; ``None`` without one.
@@ -240,6 +242,7 @@ def verify(
         weights: of the chosen candidate.
         tried: candidates that were scored on λ-validation.
         rank: the fused adapter was truncated to; ``None`` if it is the exact sum.
+        goal: that was pursued; the sealed test is judged by it, its limit included.
         reporter: progress.
     """
     if not data.test:
@@ -278,6 +281,8 @@ def verify(
         betas={name: beta for name, beta in betas.items() if name in data.test},
         recipe_of=mixture(weights),
         same=same,
+        singles=[name for name in models if name not in _TAKEN],
+        goal=goal,
         candidates=tried,
         validation_items=sum(len(domain.items) for domain in data.validation.values()),
     )
