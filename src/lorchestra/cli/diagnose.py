@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorchestra.cli import terminal
+from lorchestra.cli.completion import adapters, models
 from lorchestra.cli.options import Device, Dtype, Field, Format, Json, fields_of, named_adapters
 from lorchestra.errors import UserError
 
@@ -20,9 +21,15 @@ if TYPE_CHECKING:
 
 
 def diagnose(
-    adapter: Annotated[list[str], typer.Argument(metavar="[NAME=]ADAPTER…", help="PEFT directories, or hf:org/name.")],
+    adapter: Annotated[
+        list[str],
+        typer.Argument(metavar="[NAME=]ADAPTER…", help="PEFT directories, or hf:org/name.", autocompletion=adapters),
+    ],
     base: Annotated[
-        str | None, typer.Option("--base", metavar="BASE", help="For ‖ΔW‖/‖W‖, and for --data.", show_default=False)
+        str | None,
+        typer.Option(
+            "--base", metavar="BASE", help="For ‖ΔW‖/‖W‖, and for --data.", show_default=False, autocompletion=models
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,
