@@ -6,6 +6,11 @@ A message says what was being done, what was found, what was expected, and what 
 from __future__ import annotations
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """``1 example``, ``1,200 examples``: how every message counts."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 class LorchestraError(Exception):
     """Something lorchestra can explain. ``exit_code`` is the command line's: 1, a failure."""
 

@@ -118,7 +118,7 @@ def test_limit_truncation_and_several_files(lorchestra, tiny_dir, sft, tmp_path)
     both = lorchestra("eval", tiny_dir, "--data", f"{sft},{other}", "--max_length", 64, "--json")
     assert json.loads(both.out)["examples"] == 5
     assert json.loads(both.out)["truncated"] == 1
-    assert "1 of 5 examples are cut to --max_length 64" in both.err
+    assert "1 of 5 examples cut to --max_length 64" in both.err
 
 
 def test_wrong_input(lorchestra, tiny_dir, other_base, make_adapter, sft, tmp_path):

@@ -185,6 +185,8 @@ def test_any_file_name_survives_the_recipe(source, base):
     )
 
     class Written:
+        suffix = ".yaml"
+
         def read_text(self, encoding):
             return text
 

@@ -127,7 +127,7 @@ def test_check_shows_the_data_as_training_sees_it(lorchestra, recipe, tmp_path):
     assert rows["tokens to learn"] == [str(stage["supervised"][part]) for part in ("train", "validation", "test")]
     assert sum(stage["counts"].values()) == 51
     assert "repeated and left out: 1;" in told.out
-    assert "cut to max_length: 1 examples, 1 answers" in told.out
+    assert "cut to max_length: 1 example, 1 answer" in told.out
     assert "an answer ends with <|im_end|>" in told.out
     assert "⟦Yes.<|im_end|>⟧" in told.out
     assert "⟦Noted.<|im_end|>⟧" in told.out

@@ -133,7 +133,7 @@ def test_an_example_with_nothing_supervised_is_refused(renderer: Renderer) -> No
     first = data.rendered["train"][1]
     masked = dataclasses.replace(first, branches=tuple(Branch(b.ids, (False,) * len(b.ids)) for b in first.branches))
     broken = dataclasses.replace(data, rendered={**data.rendered, "train": (data.rendered["train"][0], masked)})
-    with pytest.raises(DataError, match=r"stage general: 1 examples have an answer without one supervised token.*f:1"):
+    with pytest.raises(DataError, match=r"stage general: 1 example without one supervised token in the answer.*f:1"):
         check_data([broken], renderer)
 
 
@@ -147,7 +147,7 @@ def test_of_an_extra_domain_the_sealed_test_is_looked_at_and_nothing_else(render
     assert len(told["examples"]) == 2
     assert (told["leakage"], told["leakage_exact"]) == (1, 1), "a stage trains on an item of it"
     assert any(line.startswith("law: only 2 test examples") for line in found.warnings)
-    assert any(line.startswith("law: 1 held-out examples have their like") for line in found.warnings)
+    assert any(line.startswith("law: 1 held-out example with the like") for line in found.warnings)
     assert not any("training examples" in line for line in found.warnings)
 
 
@@ -160,10 +160,10 @@ def test_an_extra_domain_that_cannot_be_scored_is_refused(renderer: Renderer, ch
         item = law.rendered["test"][0]
         if change == "masked":
             branches = tuple(Branch(b.ids, (False,) * len(b.ids)) for b in item.branches)
-            message = "stage law: 1 examples have an answer without one supervised token"
+            message = "stage law: 1 example without one supervised token in the answer"
         else:
             branches = tuple(Branch(b.ids[:-1], b.supervised[:-1]) for b in item.branches)
-            message = "stage law: 1 answers do not end with the end-of-turn token"
+            message = "stage law: 1 answer without the end-of-turn token"
         broken = dataclasses.replace(item, branches=branches)
         law = dataclasses.replace(law, rendered={**law.rendered, "test": (broken,)})
     with pytest.raises(DataError, match=message):
@@ -178,7 +178,7 @@ def test_an_answer_without_its_end_is_refused(renderer: Renderer) -> None:
         truncated=5,  # of its prompt: no excuse
     )
     broken = dataclasses.replace(data, rendered={**data.rendered, "test": (endless,)})
-    with pytest.raises(DataError, match=r"1 answers do not end with the end-of-turn token '<\|im_end\|>'.*f:2"):
+    with pytest.raises(DataError, match=r"1 answer without the end-of-turn token '<\|im_end\|>'.*f:2"):
         check_data([broken], renderer)
 
 
@@ -188,16 +188,16 @@ def test_cut_answers_are_counted_and_refused_if_all_are(tiny_tokenizer: Any) -> 
     check = check_data([mixed], short)
     found = check.as_dict()["general"]
     assert (found["truncated"], found["cut_answers"]) == (4, 1)
-    assert any("1 answers are longer than max_length 9" in warning for warning in check.warnings)
+    assert any("1 answer cut off in the middle: longer than max_length 9" in warning for warning in check.warnings)
     with pytest.raises(DataError, match="every training answer is longer than max_length 9"):
         check_data([stage(short, [example(100)], [example(1)], [example(2)])], short)
 
 
 def test_small_parts_are_warned_of(renderer: Renderer) -> None:
     text = "\n".join(check_data([stage(renderer, [example(0)], [example(1)], [example(2)])], renderer).warnings)
-    assert "general: only 1 training examples" in text
-    assert "only 1 validation examples" in text
-    assert "only 1 test examples" in text
+    assert "general: only 1 training example:" in text
+    assert "only 1 validation example:" in text
+    assert "only 1 test example:" in text
 
 
 def test_examples_that_differ_in_numbers_only_are_warned_of(renderer: Renderer) -> None:

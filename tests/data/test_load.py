@@ -122,7 +122,7 @@ def test_the_account_names_format_columns_and_what_was_not_read(tmp_path: Path) 
     )
     text = loaded.describe()
     assert "prompt_completion (detected; prompt ← question, completion ← answer)" in text
-    assert "2 rows, 1 examples; left out: 1 empty answer" in text
+    assert "2 rows, 1 example; left out: 1 empty answer" in text
     assert "columns not read: passage" in text
 
 
@@ -227,8 +227,8 @@ BAD: list[tuple[list[dict[str, Any]], dict[str, Any], str]] = [
     ([{"question": "q", "options": ["a", "b"], "answer": "c"}], {}, r"'c' is none of the options.*A, B"),
     ([{"question": "q", "options": ["a", "b"], "answer": 2}], {}, r"int 2 is none of the options"),
     ([{"question": "q", "options": 3, "answer": 2}], {}, r"expected a list of options"),
-    ([{"prompt": "q", "completion": ""}], {}, r"none of the 1 rows gives an example \(1 empty answer\)"),
-    ([{"prompt": "q", "completion": "a"}], {"where": "prompt == 'x'"}, r"none of the 1 rows.*1 by where"),
+    ([{"prompt": "q", "completion": ""}], {}, r"1 row, and none gives an example \(1 empty answer\)"),
+    ([{"prompt": "q", "completion": "a"}], {"where": "prompt == 'x'"}, r"1 row, and none gives.*1 by where"),
     ([{"prompt": "q", "completion": "a"}], {"where": "promt == 'x'"}, r"rows\.jsonl:1: where: 'promt' is undefined.*'prompt'"),
     ([{"prompt": "q", "completion": "a"}], {"where": "prompt =="}, r"where: 'prompt ==' is not valid Jinja2"),
     ([{"prompt": "q", "completion": "a"}], {"group": "patient"}, r"group: there is no column 'patient'"),

@@ -14,7 +14,7 @@ import torch
 from lorchestra.adapter.digest import adapter_digest
 from lorchestra.adapter.lineage import BaseId, Lineage
 from lorchestra.adapter.lowrank import LowRank
-from lorchestra.errors import AdapterError
+from lorchestra.errors import AdapterError, counted
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -55,8 +55,9 @@ class Adapter:
         made = self.lineage.name or self.lineage.made_by
         ranks = sorted({module.rank for module in self.modules.values()})
         rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
-        count = f"{len(self.modules)} module{'s' if len(self.modules) > 1 else ''}"
-        return f"<Adapter {made}: {count}, rank {rank}, base {self.base.name or 'unnamed'}>"
+        return (
+            f"<Adapter {made}: {counted(len(self.modules), 'module')}, rank {rank}, base {self.base.name or 'unnamed'}>"
+        )
 
     @cached_property
     def digest(self) -> str:

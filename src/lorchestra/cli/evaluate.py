@@ -12,7 +12,7 @@ import typer
 from lorchestra.cli.completion import among, models
 from lorchestra.cli.in_flags import in_flags
 from lorchestra.cli.options import Adapters, Device, Dtype, Field, Format, Json, fields_of, listed, weighted
-from lorchestra.errors import UserError
+from lorchestra.errors import UserError, counted
 
 if TYPE_CHECKING:
     from lorchestra.cli.models import Mounted
@@ -83,7 +83,7 @@ def evaluate(
     domain = make_domain("data", kind, examples, Renderer(mounted.base.tokenizer, max_length))
     cut = sum(item.truncated > 0 for item in domain.items)
     if cut:
-        reporter.say(f"warning: {cut} of {len(domain.items)} examples are cut to --max_length {max_length}")
+        reporter.say(f"warning: {cut} of {len(domain.items)} examples cut to --max_length {max_length}")
     sealed = _sealed(examples, data, mounted)
     mixture = " + ".join(f"{weight:g}·{name}" for name, weight in mounted.weights.items())
     scores = {}
@@ -158,7 +158,8 @@ def _show(rows: Sequence[Row], changes: Sequence[Difference], told: dict[str, An
         table.add_row(NAMES[metric], *cells)
     out = console(markup=False)
     out.print(
-        f"{told['examples']:,} examples in {told['groups']:,} groups, {told['gold_tokens']:,} answer tokens; "
+        f"{counted(told['examples'], 'example')} in {counted(told['groups'], 'group')}, "
+        f"{counted(told['gold_tokens'], 'answer token')}; "
         "95 % intervals"
     )
     out.print(table)

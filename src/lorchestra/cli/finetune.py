@@ -14,7 +14,7 @@ import typer
 from lorchestra.cli import training_flags as flags
 from lorchestra.cli.in_flags import in_flags
 from lorchestra.cli.options import Weighted, fields_of, listed, refuse_overwriting, weighted
-from lorchestra.errors import UserError
+from lorchestra.errors import UserError, counted
 
 if TYPE_CHECKING:
     from lorchestra.pipeline.single import Tuned
@@ -186,7 +186,7 @@ def _lines(tuned: Tuned, told: Mapping[str, Any]) -> list[str]:
     held = tuned.examples.get("validation", 0)
     out = [
         f"{told['output_dir']}: {'trained before, from the cache' if tuned.cached else 'trained'}; "
-        f"{tuned.examples['train']:,} examples ({held:,} more held back), {told['steps']:,} steps"
+        f"{counted(tuned.examples['train'], 'example')} ({held:,} more held back), {counted(told['steps'], 'step')}"
         f"{', stopped early' if told['stopped_early'] else ''}"
     ]
     trained = f"training loss {told['training_loss']:.3f} (mean of the last steps, at most 20)"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorchestra.cli.options import Json, refuse_overwriting, weighted
-from lorchestra.errors import UserError
+from lorchestra.errors import UserError, counted
 from lorchestra.fusion.methods.table import METHODS, method_named
 
 if TYPE_CHECKING:
@@ -178,14 +178,14 @@ def _lines(told: Mapping[str, Any]) -> list[str]:
     out = [f"{name:<{width}}  λ {told['weights'][name]:<6g} ‖ΔW‖ {norm:.4g}" for name, norm in told["norms"].items()]
     out.append(
         f"{told['output_dir']}: {told['method']}, ‖ΔW‖ {told['norm']:.4g}, rank {told['rank']}, "
-        f"{told['parameters']:,} parameters in {told['modules']} modules, {told['bytes'] / 1e6:.1f} MB; "
+        f"{told['parameters']:,} parameters in {counted(told['modules'], 'module')}, {told['bytes'] / 1e6:.1f} MB; "
         f"{told['digest'][:19]}"
     )
     shares = told["per_module"]
     if shares:
         least = min(shares, key=shares.get)
         dropped = sum(share == 0 for share in shares.values())
-        left_out = f"; {dropped} modules left out" if dropped else ""
+        left_out = f"; {counted(dropped, 'module')} left out" if dropped else ""
         out.append(f"retained energy {told['retained']:.2%}, least in {least}: {shares[least]:.2%}{left_out}")
     else:
         out.append("retained energy 100% (exact)")

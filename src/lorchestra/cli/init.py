@@ -13,7 +13,7 @@ import typer
 from lorchestra.cli.completion import models
 from lorchestra.cli.in_flags import in_flags
 from lorchestra.cli.options import Field, fields_of
-from lorchestra.errors import UserError
+from lorchestra.errors import UserError, counted
 
 if TYPE_CHECKING:
     from lorchestra.cli.starter import StarterData
@@ -98,7 +98,9 @@ def _stages(
         with in_flags({}):
             loaded = load_examples(DataSpec(source, fields=fields), "sft", reporter=without_lines(make_reporter()))
         stage = PREFERENCE if loaded.format == "preference" else SPECIALISED if GENERAL in stages else GENERAL
-        about = f"{loaded.format}, {loaded.how}: {loaded.rows} rows, {len(loaded.examples)} examples"
+        about = (
+            f"{loaded.format}, {loaded.how}: {counted(loaded.rows, 'row')}, {counted(len(loaded.examples), 'example')}"
+        )
         stages.setdefault(stage, []).append(StarterData(_source(source, directory), about, fields))
         told.append(loaded.describe())
     return stages, told

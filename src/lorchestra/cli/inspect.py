@@ -14,6 +14,7 @@ import typer
 
 from lorchestra.cli.completion import adapters
 from lorchestra.cli.options import Json
+from lorchestra.errors import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,10 +78,12 @@ def inspect(
     else:
         out.print(_kinds(view.modules))
         if flagged:
-            out.print(f"\nwhat is off, in {_modules(len(flagged))}:")
+            out.print(f"\nwhat is off, in {counted(len(flagged), 'module')}:")
             out.print(_rows(flagged))
         out.print("\n--all shows every module" if len(view.modules) > 1 else "")
-    out.print(f"{_modules(len(view.modules))}, {loaded.parameters:,} parameters, ‖ΔW‖ {loaded.norm():.4g} in all")
+    out.print(
+        f"{counted(len(view.modules), 'module')}, {loaded.parameters:,} parameters, ‖ΔW‖ {loaded.norm():.4g} in all"
+    )
     known = "known by digest" if loaded.base.weights else "unverified: shapes only"
     for line in _origin(loaded.lineage, trained):
         out.print(line)
@@ -101,10 +104,6 @@ def _lora(lineage: Lineage) -> Any:
 def _natural(path: str) -> list[tuple[int, str]]:
     """Sorts ``layers.2`` before ``layers.10``."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path)]
-
-
-def _modules(count: int) -> str:
-    return f"{count:,} module{'s' if count > 1 else ''}"
 
 
 def _rows(modules: Sequence[ModuleView]) -> Table:

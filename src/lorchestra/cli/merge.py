@@ -14,7 +14,7 @@ import psutil
 import typer
 
 from lorchestra.cli.options import Device, Json, Weighted, number, weighted
-from lorchestra.errors import TrainingError, UserError
+from lorchestra.errors import TrainingError, UserError, counted
 
 if TYPE_CHECKING:
     from lorchestra.adapter.adapter import Adapter
@@ -91,7 +91,8 @@ def merge_lora(
         raise UserError(f"--weights is missing: give one for each of the {len(sources)} adapters, as in 0.3,0.5,0.2")
     if numbers and len(numbers) != len(sources):
         raise UserError(
-            f"--weights has {len(numbers)} numbers for {len(sources)} adapters ({', '.join(sources)}); give one each"
+            f"--weights has {counted(len(numbers), 'number')} for {counted(len(sources), 'adapter')} "
+            f"({', '.join(sources)}); give one each"
         )
     values = [
         number(text, f"--weights {weights}: write numbers with commas, as in 0.3,0.5,0.2") for text in numbers
@@ -242,7 +243,7 @@ def _lines(told: Mapping[str, Any]) -> list[str]:
     worst = told["worst"]
     out = [
         f"{told['output_dir']}: {told['base']} + {mixture}, in {told['dtype']}",
-        f"‖ΔW‖/‖W‖ {told['update_ratio']:.3%} over {told['modules']} modules",
+        f"‖ΔW‖/‖W‖ {told['update_ratio']:.3%} over {counted(told['modules'], 'module')}",
         f"rounding to {told['dtype']} lost {told['rounding_lost']:.2%} of ‖ΔW‖; {told['entries_lost']:.1%} of the "
         f"entries show no trace of the update (most in {worst['module']}: {worst['rounding_lost']:.2%} and "
         f"{worst['entries_lost']:.1%})",

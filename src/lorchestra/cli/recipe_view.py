@@ -17,6 +17,7 @@ from rich.text import Text
 from lorchestra.cli.choice_view import show_choice
 from lorchestra.cli.progress import duration
 from lorchestra.cli.terminal import console
+from lorchestra.errors import counted
 
 if TYPE_CHECKING:
     from lorchestra.data.check import Check, StageCheck
@@ -194,8 +195,8 @@ def _show_stage(out: Console, stage: StageCheck) -> None:
     _indented(
         out,
         f"tokens an example: mean {lengths['mean']:.0f}, median {lengths['p50']:.0f}, 90 % {lengths['p90']:.0f}, "
-        f"99 % {lengths['p99']:.0f}, most {lengths['max']:.0f}; cut to max_length: {stage.truncated} examples, "
-        f"{stage.cut_answers} answers",
+        f"99 % {lengths['p99']:.0f}, most {lengths['max']:.0f}; cut to max_length: "
+        f"{counted(stage.truncated, 'example')}, {counted(stage.cut_answers, 'answer')}",
     )
     _indented(
         out,

@@ -11,7 +11,7 @@ import typer
 
 from lorchestra.cli.completion import recipes
 from lorchestra.cli.options import Json
-from lorchestra.errors import Interrupted
+from lorchestra.errors import Interrupted, counted
 
 if TYPE_CHECKING:
     from lorchestra.pipeline.execute import RunResult
@@ -59,7 +59,7 @@ def run(
     from lorchestra.cli.progress import make_reporter
 
     reporter = make_reporter()
-    reporter.say(f"{loaded.name}: {len(loaded.stages)} stage(s) on {loaded.base}")
+    reporter.say(f"{loaded.name}: {counted(len(loaded.stages), 'stage')} on {loaded.base}")
     from lorchestra.pipeline.execute import run as execute
 
     try:

@@ -15,7 +15,7 @@ from lorchestra.data.load import Loaded
 from lorchestra.data.near import but_for_numbers
 from lorchestra.data.render import Rendered, Renderer
 from lorchestra.data.split import Splits, SplitSpec
-from lorchestra.errors import DataError
+from lorchestra.errors import DataError, counted
 
 FEW_TRAIN, FEW_HELD_OUT = 50, 20
 PARTS = ("train", "validation", "test")
@@ -161,7 +161,8 @@ def _refuse_empty(stage: StageData, spec: SplitSpec, needed: Sequence[str]) -> N
     for part, examples in stage.splits.parts():
         if not examples and part in needed and getattr(spec, part) > 0:
             raise EmptyPartError(
-                f"stage {stage.name}: the {part} part is empty. Its {total} examples make {groups} groups, and a hash "
+                f"stage {stage.name}: the {part} part is empty. Its {counted(total, 'example')} make "
+                f"{counted(groups, 'group')}, and a hash "
                 f"puts {getattr(spec, part):.0%} of the groups there. Give more examples, a larger share, another "
                 "seed, or a group column with more values",
                 part,
@@ -176,8 +177,8 @@ def _refuse_masked(stage: StageData) -> None:
     ]
     if masked:
         raise DataError(
-            f"stage {stage.name}: {len(masked)} examples have an answer without one supervised token, so there is "
-            f"nothing to learn from: {_few(masked)}. Raise max_length, or leave these rows out (where)"
+            f"stage {stage.name}: {counted(len(masked), 'example')} without one supervised token in the answer, so "
+            f"there is nothing to learn from: {_few(masked)}. Raise max_length, or leave these rows out (where)"
         )
 
 
@@ -190,8 +191,8 @@ def _refuse_endless(stage: StageData, renderer: Renderer) -> None:
     cut = sum(_is_cut(item, renderer) for item in stage.rendered["train"])
     if endless:
         raise DataError(
-            f"stage {stage.name}: {len(endless)} answers do not end with the end-of-turn token "
-            f"{renderer.template.end_text!r}, so the model would not learn to stop: {_few(endless)}. "
+            f"stage {stage.name}: {counted(len(endless), 'answer')} without the end-of-turn token "
+            f"{renderer.template.end_text!r} at the end, so the model would not learn to stop: {_few(endless)}. "
             "Check the chat template"
         )
     if cut and cut == len(stage.rendered["train"]):
@@ -252,19 +253,23 @@ def _warnings(
     total = sum(counts.values())
     out = list(renderer.notes)
     if 0 < counts["train"] < FEW_TRAIN:
-        out.append(f"only {counts['train']} training examples: the adapter will hardly learn more than their form")
+        out.append(
+            f"only {counted(counts['train'], 'training example')}: the adapter will hardly learn more than their form"
+        )
     for part in ("validation", "test"):
         if 0 < counts[part] < FEW_HELD_OUT:
-            out.append(f"only {counts[part]} {part} examples: figures made on them have wide intervals")
+            out.append(f"only {counted(counts[part], f'{part} example')}: figures made on them have wide intervals")
     if 20 * truncated > total:
-        out.append(f"{truncated} of {total} examples are cut to max_length {renderer.max_length}")
+        out.append(f"{truncated} of {counted(total, 'example')} cut to max_length {renderer.max_length}")
     if cut:
-        out.append(f"{cut} answers are longer than max_length {renderer.max_length} and lose their end")
+        out.append(f"{counted(cut, 'answer')} cut off in the middle: longer than max_length {renderer.max_length}")
     if leaks:
-        out.append(f"{len(leaks)} held-out examples have their like in another part (set group): {_few(leaks)}")
+        out.append(
+            f"{counted(len(leaks), 'held-out example')} with the like in another part (set group): {_few(leaks)}"
+        )
     out += _templated(stage.splits.train)
     if 20 * stage.splits.duplicates > total:
-        out.append(f"{stage.splits.duplicates} examples were repeated and are left out")
+        out.append(f"{counted(stage.splits.duplicates, 'repeated example')} left out")
     return out
 
 
@@ -277,8 +282,8 @@ def _templated(examples: Sequence[Example]) -> list[str]:
     one, other = (examples[i] for i in max(groups, key=len)[:2])
     pair = " ~ ".join(example.origin or example.prompt[-1].content[:40] for example in (one, other))
     return [
-        f"{repeated} of {len(examples)} training examples repeat another with nothing but other numbers ({pair}: "
-        f"{one.gold.strip()[:60]!r}); they teach that one pattern, and count as one example rather than many"
+        f"{repeated} of {counted(len(examples), 'training example')} repeat another with nothing but other numbers "
+        f"({pair}: {one.gold.strip()[:60]!r}); they teach that one pattern, and count as one example rather than many"
     ]
 
 

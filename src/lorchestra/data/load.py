@@ -18,7 +18,7 @@ from lorchestra.data.mapping import FieldMapping, read_cell
 from lorchestra.data.records import Record, read_records
 from lorchestra.data.split import normalise
 from lorchestra.data.turns import Unusable, text_of
-from lorchestra.errors import DataError
+from lorchestra.errors import DataError, counted
 from lorchestra.events import SILENT, Reporter
 
 SAMPLE = 50  # rows looked at to find the format
@@ -78,7 +78,8 @@ class Loaded:
     def describe(self) -> str:
         """The account in one or two lines, for people."""
         parts = ", ".join(p if p == c else f"{p} ← {_short(c)}" for p, c in self.columns.items())
-        text = f"{self.source}: {self.format} ({self.how}; {parts}); {self.rows} rows, {len(self.examples)} examples"
+        text = f"{self.source}: {self.format} ({self.how}; {parts}); "
+        text += f"{counted(self.rows, 'row')}, {counted(len(self.examples), 'example')}"
         if self.dropped:
             text += "; left out: " + ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
         if self.unread:
@@ -166,7 +167,7 @@ class _Reader:
         if not examples:
             reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
             raise DataError(
-                f"{name}: none of the {rows} rows gives an example ({reasons}); check where and the columns"
+                f"{name}: {counted(rows, 'row')}, and none gives an example ({reasons}); check where and the columns"
             )
         used = set(columns.values()) | {self.spec.group}
         return Loaded(

@@ -86,7 +86,7 @@ def tune(
     if step is not None:
         found = load_trained(step, inputs, prepared.base)
     else:
-        base = LazyBase(prepared.directory, prepared.base.name, recipe.device, recipe.dtype)
+        base = LazyBase(prepared.directory, prepared.base.name, recipe.device, recipe.dtype, reporter)
         found = train(prepared, inputs, base, cache, digest, reporter, logs)
     found.adapter.save(out)
     counts = {part: len(items) for part, items in prepared.data[stage.name].splits.parts()}
@@ -115,7 +115,7 @@ def data_lines(prepared: Prepared) -> list[str]:
     check = prepared.check.stages[0]
     counts = " · ".join(f"{part} {count}" for part, count in check.counts.items() if count)
     about = (
-        f"{counts} examples; {check.supervised['train']:,} tokens to learn; {check.lengths['mean']:.0f} tokens an "
+        f"examples: {counts}; {check.supervised['train']:,} tokens to learn; {check.lengths['mean']:.0f} tokens an "
         f"example, at most {check.lengths['max']:.0f}; {check.truncated} truncated, {check.duplicates} repeated left "
         f"out, {check.near_duplicates} nearly repeated, {check.leakage} leaked; an answer ends with {check.end_of_turn}"
     )
