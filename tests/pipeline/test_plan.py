@@ -169,6 +169,21 @@ def test_only_what_a_change_touches_is_done_again(changes, redone, finished, sam
     assert {name for name in STEPS if not ran[name]["cached"]} == redone
 
 
+@pytest.mark.parametrize("changes", [{"rule": "minimum"}, {"folds": 2}, {"repeats": 1}])
+def test_another_way_to_choose_scores_nothing_anew(changes, finished, same_home):
+    where, recipe, _ = finished
+    found = plan(
+        Recipe.from_dict(values(recipe.base, fusion={"candidates": 8, "validation_limit": 4, **changes}), where)
+    )
+    assert found.step("search").state == "cached"
+
+
+def test_another_goal_is_another_search(finished, same_home):
+    where, recipe, _ = finished
+    changed = values(recipe.base, fusion={"candidates": 8, "validation_limit": 4, "goal": "worst"})
+    assert plan(Recipe.from_dict(changed, where)).step("search").state == "to do"
+
+
 def test_given_weights_need_no_search_and_no_test_no_verdict(finished, same_home):
     where, recipe, _ = finished
     changed = values(
