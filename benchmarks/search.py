@@ -108,8 +108,8 @@ def by_peft(case: Case, points: Sequence[Sequence[float]], timed: int | None, pl
     """The grid: fuse with ``cat``, score, forget, next."""
     from peft import PeftModel
 
+    from lorchestra.evaluate.metrics import loss_ratios
     from lorchestra.evaluate.score import score
-    from lorchestra.pipeline.searching import loss_ratios
 
     names = list(case.adapters)
     reference = {name: score(case.base.model, domain, case.base.pad_id) for name, domain in case.domains.items()}

@@ -21,11 +21,12 @@ from lorchestra.base.load import load_base
 from lorchestra.data.render import Branch, Rendered
 from lorchestra.errors import Interrupted
 from lorchestra.evaluate.goal import Goal
+from lorchestra.evaluate.metrics import loss_ratios
 from lorchestra.evaluate.score import Domain
 from lorchestra.fusion.search import STRATEGIES, weights_key
 from lorchestra.pipeline import searching
 from lorchestra.pipeline.cache import SCRATCH
-from lorchestra.pipeline.searching import Searched, SearchPlan, loss_ratios, parts_of, search_weights
+from lorchestra.pipeline.searching import Searched, SearchPlan, parts_of, search_weights
 
 ROOT = Path(__file__).parents[2]
 

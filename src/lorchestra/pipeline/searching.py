@@ -16,6 +16,7 @@ from lorchestra.bank import Bank
 from lorchestra.base.load import Base
 from lorchestra.errors import Interrupted
 from lorchestra.evaluate.goal import Goal
+from lorchestra.evaluate.metrics import loss_ratios
 from lorchestra.evaluate.mixtures import score_mixtures
 from lorchestra.evaluate.score import Domain, Scores, score
 from lorchestra.evaluate.slope import Slope, slope
@@ -265,17 +266,6 @@ class _Validation:
 
     def _value(self, ratios: Mapping[str, float]) -> float:
         return self.goal.value(ratios) + PENALTY * self._excess(ratios)
-
-
-def loss_ratios(
-    scores: Mapping[str, Scores], reference: Mapping[str, Scores], betas: Mapping[str, float]
-) -> dict[str, float]:
-    """Domain → loss / base loss on all its items."""
-    out = {}
-    for name, found in scores.items():
-        top, bottom = found.loss(reference[name], betas.get(name, 0.1))
-        out[name] = float(top.sum() / bottom.sum())
-    return out
 
 
 def _plain(scores: Mapping[str, Scores]) -> dict[str, Any]:
