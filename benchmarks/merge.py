@@ -23,6 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +37,33 @@ SHAPES = {
 SHARD = "500MB"
 RESULTS = Path(__file__).parent / "results" / "merge.json"
 
-# Each runs in a fresh interpreter with BASE, ADAPTER and OUT as its arguments. Time includes imports.
+# Each runs in a fresh interpreter with BASE, ADAPTER and OUT, and prints the seconds that it took after its imports.
 OURS = """
-import sys
+import sys, time, torch
 from lorchestra import Adapter, merge
 base, adapter, out = sys.argv[1:]
+started = time.perf_counter()
 merge(base, Adapter.load(adapter), out{more})
+print(time.perf_counter() - started)
 """
 PEFT = """
-import sys, torch
+import sys, time, torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 base, adapter, out = sys.argv[1:]
+started = time.perf_counter()
 model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out, max_shard_size="{shard}")
+print(time.perf_counter() - started)
 """
 COPY = """
-import pathlib, shutil, sys
+import pathlib, shutil, sys, time
 base, adapter, out = sys.argv[1:]
+started = time.perf_counter()
 pathlib.Path(out).mkdir()
 for path in sorted(pathlib.Path(base).iterdir()):
     shutil.copyfile(path, pathlib.Path(out, path.name))
+print(time.perf_counter() - started)
 """
 
 
@@ -83,7 +92,7 @@ def main() -> None:
 def measure(work: Path, asked: argparse.Namespace) -> dict[str, Any]:
     """Every way in ``rounds`` rounds, one after the other within a round, so that a slow minute hits all of them."""
     shapes = SHAPES | ({"num_hidden_layers": 2} if asked.short else {})
-    base, adapter = make_inputs(work, shapes)
+    base, adapter = apart(make_inputs, work, shapes)
     ways = {
         "copy the files": [sys.executable, "-c", COPY],
         "lorchestra": [sys.executable, "-c", OURS.format(more="")],
@@ -97,7 +106,9 @@ def measure(work: Path, asked: argparse.Namespace) -> dict[str, Any]:
         recipe = work / "mergekit.yaml"
         model = f"{base}+{adapter}"
         recipe.write_text(f"merge_method: passthrough\nmodels:\n  - model: {model}\ndtype: bfloat16\n")
-        ways["mergekit"] = [str(asked.mergekit / "mergekit-yaml"), str(recipe)]
+        # It merges the adapter with PEFT into a cache, and copies from there.
+        cache = ["--lora-merge-cache", str(work / "cache"), "--no-copy-tokenizer"]
+        ways["mergekit"] = [str(asked.mergekit / "mergekit-yaml"), *cache, str(recipe)]
     dropped = drop_cache()
     rows: dict[str, dict[str, list[float]]] = {}
     checked: dict[str, str] = {}
@@ -105,10 +116,13 @@ def measure(work: Path, asked: argparse.Namespace) -> dict[str, Any]:
     for _ in range(1 if asked.short else asked.rounds):
         for cache in caches:
             for name, command in ways.items():
+                if name == "mergekit" and name in rows and cache in rows[name]:
+                    continue  # once: it is PEFT's merge and a copy
                 run(name, command, cache, base, adapter, work / "out", asked.threads, rows)
                 if name != "copy the files" and name not in checked:
-                    checked[name] = compare(base, adapter, work / "out")
+                    checked[name] = apart(compare, base, adapter, work / "out")
                 shutil.rmtree(work / "out")
+                shutil.rmtree(work / "cache", ignore_errors=True)
     for name, command in synced.items():
         run(name, command, "warm", base, adapter, work / "out", asked.threads, rows)
         shutil.rmtree(work / "out")
@@ -124,6 +138,12 @@ def measure(work: Path, asked: argparse.Namespace) -> dict[str, Any]:
         "cache_dropped": dropped,
         "ways": figures,
     }
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Its result, computed in another process: a child's peak memory begins with what its parent held at the fork."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def make_inputs(work: Path, shapes: dict[str, Any]) -> tuple[Path, Path]:
@@ -162,17 +182,20 @@ def run(
     threads: int,
     rows: dict[str, dict[str, list[float]]],
 ) -> None:
-    """One process: seconds until it ended (and, for the flushed ways, the disk has everything), peak resident MB."""
+    """One process: seconds until it ended (for the flushed ways: until the disk has everything), peak resident MB."""
     os.sync()
     for directory in (base, adapter):
         for path in directory.iterdir():
-            path.read_bytes()
+            with path.open("rb") as stream:
+                while stream.read(1 << 20):
+                    pass
     if cache == "cold":
         drop_cache()
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     arguments = [str(out)] if "mergekit" in command[0] else [str(base), str(adapter), str(out)]
     started = time.perf_counter()
-    process = subprocess.Popen([*command, *arguments], env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, *arguments], env=environment, stdout=subprocess.PIPE, text=True)
+    said = process.stdout.read().split()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if "flushed" in name:
@@ -182,6 +205,8 @@ def run(
         raise SystemExit(f"{name} ended with {process.returncode}")
     row = rows.setdefault(name, {})
     row.setdefault(cache, []).append(seconds)
+    if command[0] == sys.executable:
+        row.setdefault(f"{cache}_call", []).append(float(said[-1]))
     row.setdefault("peak_mb", []).append(usage.ru_maxrss / 1024)
     print(f"{name}, {cache} cache: {seconds:.2f} s, {usage.ru_maxrss / 1024:.0f} MB", file=sys.stderr)
 
@@ -227,17 +252,25 @@ def drop_cache() -> bool:
     return True
 
 
+def seconds(row: dict[str, Any], cache: str) -> str:
+    """As in the table: the whole process, and what of it came after the imports."""
+    if cache not in row:
+        return ""
+    call = row.get(f"{cache}_call")
+    return f"{row[cache]:.1f} s" + (f" ({call:.1f} s)" if call is not None else "")
+
+
 def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
     lines = [
         f"{result['gigabytes']:.2f} GB of bfloat16 in {result['files']} files, rank {result['rank']}, "
-        f"{result['threads']} threads, median of {result['rounds']}; whole processes, imports included",
+        f"{result['threads']} threads, median of {result['rounds']}; whole process (of that: after the imports)",
         "",
         "| | warm cache | cold cache | peak memory | tensors equal to float32 add, one rounding |",
         "|---|---|---|---|---|",
     ]
     for name, row in result["ways"].items():
-        times = [f"{row[cache]:.1f} s" if cache in row else "" for cache in ("warm", "cold")]
+        times = [seconds(row, cache) for cache in ("warm", "cold")]
         lines.append(f"| {name} | {times[0]} | {times[1]} | {row['peak_mb']:.0f} MB | {row.get('equal', '')} |")
     return "\n".join(lines)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import resource
+import subprocess
+import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -456,3 +458,39 @@ def test_files_that_transformers_would_not_read_are_left_out(tmp_path):
     save_file({"layers.0.attention.wq.weight": torch.ones(2, 2)}, base / "consolidated.safetensors")
     merge(base, adapter_for(make_tiny_model()), tmp_path / "out")
     assert "consolidated.safetensors" not in names(tmp_path / "out")
+
+
+MEASURED = """
+import json, resource, sys
+from lorchestra import Adapter, LowRank, merge
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+adapter = Adapter.load("adapter")
+merge("small", Adapter({p: LowRank(u.B[:12], u.A) for p, u in adapter.modules.items()}), "warm")
+before = peak()
+merge("base", adapter, "out", dtype=sys.argv[1])
+print(json.dumps([before, peak()]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["auto", "float32", "float16"])
+def test_a_merge_takes_less_memory_than_its_largest_tensor(tmp_path, dtype):
+    """Resident memory of a process of its own, beyond what imports, adapter and a first small merge take."""
+    noise = torch.Generator().manual_seed(0)
+    largest = torch.randn(12_000, 4096, generator=noise).bfloat16()
+    for name, rows in (("small", 12), ("base", 12_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        weights = {f"layers.{i}.weight": largest[:rows].clone() for i in range(4)}
+        save_file(weights, tmp_path / name / "model.safetensors")
+    update = LowRank(torch.randn(12_000, 8, generator=noise) * 0.01, torch.randn(8, 4096, generator=noise))
+    Adapter({f"layers.{i}": LowRank(update.B.clone(), update.A.clone()) for i in (1, 2)}).save(tmp_path / "adapter")
+    done = subprocess.run([sys.executable, "-c", MEASURED, dtype], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, after = json.loads(done.stdout)
+    assert after - before < largest.nbytes, (
+        f"{(after - before) / 1e6:.0f} MB beside tensors of {largest.nbytes / 1e6:.0f}"
+    )
