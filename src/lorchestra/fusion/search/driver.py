@@ -12,7 +12,7 @@ from lorchestra.fusion.search.candidates import Candidate
 from lorchestra.fusion.search.designs import grid_size
 from lorchestra.fusion.search.gradient import refine
 from lorchestra.fusion.search.problem import SLOPE, Objective, Problem, Run, Space, Spent
-from lorchestra.fusion.search.strategies import BUDGET, DEFAULT, strategy_named
+from lorchestra.fusion.search.strategies import BEYOND, DEFAULT, strategy_named
 
 GROUPS_SHARE = 0.4  # of what the fixed points leave, kept for the layer groups
 
@@ -54,7 +54,7 @@ def passes_of(
         groups: passes for layer groups, on top of a grid.
     """
     if strategy != "grid":
-        return max(BUDGET if budget is None else budget, fixed)
+        return fixed + BEYOND if budget is None else max(budget, fixed)
     size = grid_size(members, step, totals)
     if budget is not None and budget < size + fixed:
         raise UserError(
@@ -83,7 +83,7 @@ def search(
         objective: lower is better.
         strategy: a name of :data:`STRATEGIES`.
         budget: forward passes over λ-validation, a slope counted as :data:`SLOPE`; the fixed points are tried even if
-            they are more. ``None``: :data:`BUDGET`, or the whole grid.
+            they are more. ``None``: :data:`BEYOND` more, or the whole grid.
         seed: of what is drawn.
         reporter: progress, with the best score so far.
 
