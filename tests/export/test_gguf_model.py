@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import gguf
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.export.conftest import FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorchestra.errors import SourceError, TrainingError, UserError
+from lorchestra.errors import SourceError, StorageError, TrainingError, UserError
 from lorchestra.export import gguf_file, gguf_model
 from lorchestra.export.gguf_model import export_model
 
@@ -111,6 +113,13 @@ class TestFailures:
         self.changed(family, tmp_path / "model", "model.norm.weight", float("nan"))
         with pytest.raises(UserError, match=r"'output_norm.weight' holds NaN or infinity"):
             export_model(tmp_path / "model", tmp_path / "m.gguf", "float32")
+
+    def test_a_disk_without_room(self, family, tmp_path, monkeypatch):
+        full = shutil._ntuple_diskusage(100, 99, 1)
+        monkeypatch.setattr("lorchestra.export.gguf_file.shutil.disk_usage", lambda path: full)
+        with pytest.raises(StorageError, match=r"m.gguf needs .* GB and 0.00 GB are free"):
+            export_model(family("llama"), tmp_path / "m.gguf", "float16")
+        assert not (tmp_path / "m.gguf").exists()
 
     def test_damaged_and_foreign_files(self, family, tmp_path):
         self.changed(family, tmp_path / "model", "model.norm.weight", 1.0)

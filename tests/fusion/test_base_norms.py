@@ -22,6 +22,11 @@ def test_norms_of_the_tiny_model(tiny_dir, tiny_model, monkeypatch):
         assert norm == pytest.approx(float(tiny_model.get_submodule(path).weight.double().norm()), rel=1e-12)
 
 
+def test_a_tied_head_is_the_input_embedding(tiny_dir, tiny_model):
+    norm = float(tiny_model.get_submodule("model.embed_tokens").weight.double().norm())
+    assert weight_norms(tiny_dir, {"lm_head": (260, 32)}) == {"lm_head": pytest.approx(norm, rel=1e-12)}
+
+
 def test_shards_half_precision_prefixes_and_transposed_weights(tmp_path):
     weights = {"model.a.weight": torch.randn(4, 6).bfloat16(), "h.0.c.weight": torch.randn(5, 3).half()}
     for k, (name, tensor) in enumerate(weights.items()):

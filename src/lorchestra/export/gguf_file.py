@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorchestra.errors import TrainingError, UserError
+from lorchestra.errors import StorageError, TrainingError, UserError
 from lorchestra.events import Reporter
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def write(writer: GGUFWriter, path: Path, tensors: Sequence[Planned], dtype: str
 
     Raises:
         UserError: an entry that float16 cannot hold.
+        StorageError: the disk has no room for the file.
     """
     import gguf
 
@@ -63,6 +65,11 @@ def write(writer: GGUFWriter, path: Path, tensors: Sequence[Planned], dtype: str
         block, size = gguf.GGML_QUANT_SIZES[tensor.kind]
         nbytes = math.prod(tensor.shape) // block * size
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=tensor.kind)
+    needed, free = sum(t.nbytes for t in writer.tensors[0].values()), shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise StorageError(
+            f"{path.name} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; make room, or use another disk"
+        )
     try:
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()

@@ -71,6 +71,8 @@ def _tensor(path: str, names: Collection[str]) -> str:
     if exact in names:
         return exact
     ends = [name for name in names if name == bare or name.endswith(f".{bare}")]
+    if not ends and bare == "lm_head.weight":  # tied: the input embedding's
+        ends = [name for name in names if name.endswith("embed_tokens.weight")]
     if len(ends) == 1:
         return ends[0]
     raise AdapterError(f"the base has no weight for module {path!r}; the adapter belongs to another base")
