@@ -10,7 +10,7 @@ import typing
 import pytest
 
 from lorchestra.cli import options, training_flags
-from lorchestra.cli.completion import adapters, among, listed_among, models, recipes
+from lorchestra.cli.completion import adapters, among, listed_adapters, listed_among, models, recipes
 from lorchestra.data.formats import FORMATS
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.train.settings import LoraSettings, TrainSettings
@@ -58,6 +58,7 @@ def test_paths(folder):
     assert adapters("") == ["adapters/one", "adapters/two"]
     assert adapters("adapters/t") == ["adapters/two"]
     assert models("") == ["adapters/one", "adapters/two", "base", "models/small.gguf"]
+    assert listed_adapters("adapters/one,adapters/t") == ["adapters/one,adapters/two"]
     assert recipes("nowhere/") == recipes("notes/") == []
 
 

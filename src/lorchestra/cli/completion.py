@@ -40,6 +40,12 @@ def adapters(incomplete: str) -> list[str]:
     return _paths(incomplete, lambda path: (path / "adapter_config.json").exists())
 
 
+def listed_adapters(incomplete: str) -> list[str]:
+    """The same for the last of several with commas between them."""
+    before, comma, last = incomplete.rpartition(",")
+    return [before + comma + path for path in adapters(last)]
+
+
 def models(incomplete: str) -> list[str]:
     """Directories that hold a model or an adapter, and GGUF files."""
     return _paths(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorchestra.cli import completion
 from lorchestra.cli.options import Json, refuse_overwriting, weighted
 from lorchestra.errors import UserError, counted
 from lorchestra.fusion.methods.table import METHODS, method_named
@@ -31,7 +32,12 @@ def _values(names: tuple[str, ...]) -> Any:
 
 
 def fuse(
-    adapter: Annotated[list[str], typer.Argument(metavar="ADAPTER[=WEIGHT]…", help="Adapters and weights (1).")],
+    adapter: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER[=WEIGHT]…", help="Adapters and weights (1).", autocompletion=completion.adapters
+        ),
+    ],
     output_dir: Annotated[Path, typer.Option("--output_dir", "-o", metavar="DIR", help="Where the result goes.")],
     method: Annotated[
         str, typer.Option("--method", metavar="NAME", help="See the list above.", autocompletion=_methods)

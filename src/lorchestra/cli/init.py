@@ -30,8 +30,8 @@ def init(
         typer.Option(
             "--data",
             metavar="FILE",
-            help="Your examples. Files of preference pairs become the dpo stage; of the others the first is the general "
-            "stage, all further ones together the specialised one. Without it, example files are written.",
+            help="Your examples. Files of preference pairs become the dpo stage; of the others the first is the stage "
+            "general, all further ones together the stage specialised. Without it, example files are written.",
         ),
     ] = None,
     base: Annotated[

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import psutil
 import typer
 
+from lorchestra.cli import completion
 from lorchestra.cli.options import Device, Json, Weighted, number, weighted
 from lorchestra.errors import TrainingError, UserError, counted
 
@@ -64,8 +65,21 @@ class Asked:
 
 
 def merge_lora(
-    base_model: Annotated[str, typer.Option("--base_model", metavar="BASE", help="Directory, org/name, GGUF or pip:.")],
-    adapters: Annotated[str, typer.Option("--adapters", metavar="A,B,…", help="PEFT directories, with commas.")],
+    base_model: Annotated[
+        str,
+        typer.Option(
+            "--base_model", metavar="BASE", help="Directory, org/name, GGUF or pip:.", autocompletion=completion.models
+        ),
+    ],
+    adapters: Annotated[
+        str,
+        typer.Option(
+            "--adapters",
+            metavar="A,B,…",
+            help="PEFT directories, with commas.",
+            autocompletion=completion.listed_adapters,
+        ),
+    ],
     output_dir: Out,
     weights: Annotated[str, typer.Option("--weights", metavar="X,Y,…", help="One weight for each adapter.")] = "",
     dtype: DtypeOut = "auto",
@@ -102,8 +116,20 @@ def merge_lora(
 
 
 def merge(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Model directory, org/name, GGUF file or pip: source.")],
-    adapter: Annotated[list[str], typer.Argument(metavar="ADAPTER[=WEIGHT]…", help="Adapters and weights (1).")],
+    base: Annotated[
+        str,
+        typer.Argument(
+            metavar="BASE",
+            help="Model directory, org/name, GGUF file or pip: source.",
+            autocompletion=completion.models,
+        ),
+    ],
+    adapter: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER[=WEIGHT]…", help="Adapters and weights (1).", autocompletion=completion.adapters
+        ),
+    ],
     output_dir: Out,
     dtype: DtypeOut = "auto",
     untie: Untie = False,
