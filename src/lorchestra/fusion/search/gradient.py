@@ -40,7 +40,7 @@ def lead(problem: Problem) -> None:
     box, K = problem.space.high - problem.space.low, problem.K
     for _ in range(LEAPS):
         points, scores = problem.tried()
-        if problem.run.left <= SLOPE + 1 or scores.size < K * (K + 3) // 2:
+        if scores.size < K * (K + 3) // 2:
             return
         centre = problem.inside(problem.best)
         low, high = (problem.inside(centre + side * LEAP * box) for side in (-1, 1))
