@@ -208,5 +208,12 @@ def test_examples_that_differ_in_numbers_only_are_warned_of(renderer: Renderer) 
     (warning,) = [line for line in warnings if "other numbers" in line]
     assert "5 of 46 training examples" in warning
     assert "f:90 ~ f:91: 'answer 90'" in warning
+    assert "held out" not in warning
+    held = check_data(
+        [stage(renderer, [*others, *told[:4]], told[4:5], told[5:])], renderer, SplitSpec(1, 0, 0)
+    ).warnings
+    (warning,) = [line for line in held if "other numbers" in line]
+    assert "3 of 44 training examples" in warning
+    assert "so do 2 of those held out" in warning
     few = check_data([stage(renderer, [*others, *told[:3]], [], [])], renderer, SplitSpec(1, 0, 0)).warnings
     assert not any("other numbers" in line for line in few), "two of 43 are a matter of chance"

@@ -267,23 +267,28 @@ def _warnings(
         out.append(
             f"{counted(len(leaks), 'held-out example')} with the like in another part (set group): {_few(leaks)}"
         )
-    out += _templated(stage.splits.train)
+    out += _templated(stage.splits)
     if 20 * stage.splits.duplicates > total:
         out.append(f"{counted(stage.splits.duplicates, 'repeated example')} left out")
     return out
 
 
-def _templated(examples: Sequence[Example]) -> list[str]:
-    """A warning if more than a twentieth of the examples repeat another with other numbers."""
-    groups = but_for_numbers([said(example) for example in examples])
-    repeated = sum(len(group) - 1 for group in groups)
-    if 20 * repeated <= len(examples):
+def _templated(splits: Splits) -> list[str]:
+    """A warning if more than a twentieth of the training examples repeat another with other numbers."""
+    examples = [*splits.train, *splits.validation, *splits.test]
+    trained = len(splits.train)
+    groups = [group for group in but_for_numbers([said(example) for example in examples]) if group[0] < trained]
+    repeated = sum(sum(i < trained for i in group) - 1 for group in groups)
+    if 20 * repeated <= trained:
         return []
-    one, other = (examples[i] for i in max(groups, key=len)[:2])
+    one, other = (examples[i] for i in max(groups, key=lambda group: sum(i < trained for i in group))[:2])
     pair = " ~ ".join(example.origin or example.prompt[-1].content[:40] for example in (one, other))
+    held_out = sum(i >= trained for group in groups for i in group)
+    as_well = f", and so do {held_out} of those held out, which then test little" if held_out else ""
     return [
-        f"{repeated} of {counted(len(examples), 'training example')} repeat another with nothing but other numbers "
-        f"({pair}: {one.gold.strip()[:60]!r}); they teach that one pattern, and count as one example rather than many"
+        f"{repeated} of {counted(trained, 'training example')} repeat another with nothing but other numbers "
+        f"({pair}: {one.gold.strip()[:60]!r}){as_well}; they teach that one pattern, and count as one example rather "
+        "than many"
     ]
 
 
