@@ -41,7 +41,15 @@ def moved(tmp_path, weight, kind, update=None, transposed=False, offset=24):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     ("m", "n", "rank"),
-    [(2048, 5632, 16), (5632, 2048, 16), (256, 2048, 64), (16, 100_000, 5), (2, 131_073, 3), (1, 50, 2), (1001, 77, 48)],
+    [
+        (2048, 5632, 16),
+        (5632, 2048, 16),
+        (256, 2048, 64),
+        (16, 100_000, 5),
+        (2, 131_073, 3),
+        (1, 50, 2),
+        (1001, 77, 48),
+    ],
 )
 def test_tiles_are_the_whole_product(tmp_path, m, n, rank, threads):
     noise = torch.Generator().manual_seed(m + n)

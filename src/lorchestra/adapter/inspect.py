@@ -69,7 +69,11 @@ def inspect_factors(updates: Mapping[str, tuple[LowRank, float]], sigma: float |
         expected = None if sigma is None else sigma / math.sqrt(update.rank)
         if initial and trained:
             flags.append("untrained: B is zero here although other modules moved")
-        if initial and expected is not None and abs(std / expected - 1) > STD_TOLERANCE + 3 / math.sqrt(2 * update.A.numel()):
+        if (
+            initial
+            and expected is not None
+            and abs(std / expected - 1) > STD_TOLERANCE + 3 / math.sqrt(2 * update.A.numel())
+        ):
             flags.append(f"std of A is {std:.4g}, not σ/√r = {expected:.4g}: not the rescaled initialisation")
         if abs(scale) > LARGE_SCALE:
             flags.append(f"scale {scale:.3g} is large: was α inherited from a recipe without rsLoRA?")

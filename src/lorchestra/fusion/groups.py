@@ -104,7 +104,9 @@ def matches(pattern: str, path: str) -> bool:
         return layer is not None and first <= layer <= int(numbers[2] or first)
     if pattern == OTHER:
         return layer_of(path) is None
-    return pattern == path or fnmatchcase(path, pattern) or ("." not in pattern and fnmatchcase(path.rsplit(".", 1)[-1], pattern))
+    if "." not in pattern and fnmatchcase(path.rsplit(".", 1)[-1], pattern):
+        return True
+    return pattern == path or fnmatchcase(path, pattern)
 
 
 def by_rules(
