@@ -136,6 +136,7 @@ def measure(work: Path, asked: argparse.Namespace) -> dict[str, Any]:
         "threads": asked.threads,
         "rounds": 1 if asked.short else asked.rounds,
         "cache_dropped": dropped,
+        "load": os.getloadavg()[1],  # of the machine in the last five minutes, this benchmark's included
         "ways": figures,
     }
 
@@ -208,6 +209,7 @@ def run(
     if command[0] == sys.executable:
         row.setdefault(f"{cache}_call", []).append(float(said[-1]))
     row.setdefault("peak_mb", []).append(usage.ru_maxrss / 1024)
+    row.setdefault("processor", []).append(usage.ru_utime + usage.ru_stime)
     print(f"{name}, {cache} cache: {seconds:.2f} s, {usage.ru_maxrss / 1024:.0f} MB", file=sys.stderr)
 
 
@@ -266,12 +268,14 @@ def table(result: dict[str, Any]) -> str:
         f"{result['gigabytes']:.2f} GB of bfloat16 in {result['files']} files, rank {result['rank']}, "
         f"{result['threads']} threads, median of {result['rounds']}; whole process (of that: after the imports)",
         "",
-        "| | warm cache | cold cache | peak memory | tensors equal to float32 add, one rounding |",
-        "|---|---|---|---|---|",
+        "| | warm cache | cold cache | processor time | peak memory | tensors equal to float32 add, one rounding |",
+        "|---|---|---|---|---|---|",
     ]
     for name, row in result["ways"].items():
         times = [seconds(row, cache) for cache in ("warm", "cold")]
-        lines.append(f"| {name} | {times[0]} | {times[1]} | {row['peak_mb']:.0f} MB | {row.get('equal', '')} |")
+        lines.append(
+            f"| {name} | {times[0]} | {times[1]} | {row['processor']:.1f} s | {row['peak_mb']:.0f} MB | {row.get('equal', '')} |"
+        )
     return "\n".join(lines)
 
 

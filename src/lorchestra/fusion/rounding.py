@@ -20,7 +20,7 @@ from lorchestra.adapter.lowrank import LowRank
 from lorchestra.errors import SourceError, UserError
 from lorchestra.fusion.assign import CODES, KINDS, Output
 
-TILE = 1 << 17  # entries of a tile: its float32 temporaries stay in the processor's cache
+TILE = 1 << 18  # entries of a tile: its float32 temporaries stay in the processor's cache
 FEWEST = 8  # rows of a tile; see pieces
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -174,24 +174,28 @@ def _add(output: Output, weight: Tensor, left: Tensor, right: Tensor, after: Ten
     """W + left @ right into ``after``; every tensor is a tile ``[rows, columns]``, the spare ones float32."""
     before, total, update, narrow = spare
     before.copy_(weight)
-    torch.mm(left, right, out=update)
-    torch.add(before, update, out=total)
-    after.copy_(total)
+    weight_square = _square(before)
+    # In half precision W + ΔW in float32 is exact beside what rounding does to it: the usual case needs less memory.
+    usual = weight.dtype == output.kind and output.kind.itemsize == 2
+    delta = torch.mm(left, right, out=total if usual else update)
+    after.copy_(torch.add(before, delta, out=total))
     rounded = weight.to(output.kind)
     changed = int(np.count_nonzero(_words(after) != _words(rounded)))
-    holds = _holds(weight.dtype, output.kind)
-    reference, base = before, 0.0
-    if not holds:
-        reference = narrow.copy_(rounded)
-        base = _square(torch.sub(narrow, before, out=total))
-    lost = total.copy_(after).sub_(reference).sub_(update)
+    holds, base = _holds(weight.dtype, output.kind), 0.0
+    if usual:
+        lost = total.sub_(before.copy_(after))
+    elif holds:
+        lost = total.copy_(after).sub_(before).sub_(delta)
+    else:
+        base = _square(torch.sub(narrow.copy_(rounded), before, out=total))
+        lost = total.copy_(after).sub_(narrow).sub_(delta)
     share = _square(lost)
     finite = math.isfinite(share)
     if not holds:
-        share = _square(torch.minimum(lost.abs_(), update.abs_(), out=lost))
-    sums = Sums(weight=_square(before), lost=share, base=base, changed=changed)
+        share = _square(torch.minimum(lost.abs_(), delta.abs_(), out=lost))
+    sums = Sums(weight=weight_square, lost=share, base=base, changed=changed)
     if not finite or not math.isfinite(sums.weight):
-        _check_range(output, before + left @ right, after)
+        _check_range(output, weight.float() + left @ right, after)
         raise SourceError(
             f"tensor {output.name!r} of the base holds NaN or infinity: it is damaged, or was never usable; fetch it "
             "again"
