@@ -9,8 +9,8 @@ O((m + n)R² + R³) time; no m×n matrix.
 Two ways to the R's, one module and one block of rows at a time, so that memory is bounded by a module:
 
 - float32 (the default): R from the Gram matrix B̄ᵀB̄, summed in float64 with columns scaled to length 1. Squaring costs
-  half of float64's digits, which leaves those of float32; it is a matrix product, tens of times as fast as a
-  Householder QR of a tall matrix.
+  half of float64's digits, which leaves those of float32; it is a matrix product, many times as fast as a Householder
+  QR of a tall matrix.
 - float64: a blocked Householder QR, R ← qr([R; block]).
 
 A side with R ≥ m (or n) needs no factorisation: Q = 1.
@@ -29,6 +29,7 @@ from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.lowrank import LowRank
 from lorchestra.errors import AdapterError, UserError
 from lorchestra.fusion.bounds import Bounds
+from lorchestra.fusion.workers import one_thread_each
 
 # Numbers of a factor that are worked on at a time: as many as stay in a processor's cache.
 _BLOCK = 1 << 17
@@ -106,7 +107,9 @@ class CoreSpace:
             UserError: not one finite weight per member.
         """
         lambdas = self._weights(weights)
-        return {path: self._decomposed(path, lambdas, vectors=False)[1] for path in self._modules}
+        with one_thread_each("core space") as pool:
+            found = pool.map(lambda path: self._decomposed(path, lambdas, vectors=False)[1], self._modules)
+            return dict(zip(self._modules, found, strict=True))
 
     def compress(
         self,
@@ -136,15 +139,21 @@ class CoreSpace:
             powers = {path: values.square() for path, values in self.spectra(weights).items()}
             ranks = bounds.shared_out(powers, {path: sum(part.shape) for path, part in self._modules.items()})
         modules, kept, total, shares = {}, 0.0, 0.0, {}
-        for path in self._modules:
+
+        def approximated(path: str) -> tuple[LowRank | None, float, float]:
+            """The module at its rank, ‖kept‖² and ‖ΔW‖²."""
             U, S, Vh = self._decomposed(path, lambdas)
             power = S.square()
             r = bounds.within(power) if ranks is None else ranks[path]
-            if r:
-                modules[path] = self._lifted(path, lambdas, U[:, :r], S[:r], Vh[:r])
-            here, whole = float(power[:r].sum()), float(power.sum())
-            kept, total = kept + here, total + whole
-            shares[path] = here / whole if whole > 0 else 1.0
+            made = self._lifted(path, lambdas, U[:, :r], S[:r], Vh[:r]) if r else None
+            return made, float(power[:r].sum()), float(power.sum())
+
+        with one_thread_each("core space") as pool:
+            for path, (made, here, whole) in zip(self._modules, pool.map(approximated, self._modules), strict=True):
+                if made is not None:
+                    modules[path] = made
+                kept, total = kept + here, total + whole
+                shares[path] = here / whole if whole > 0 else 1.0
         if not modules:
             raise UserError("this sum is zero everywhere: there is nothing to share the budget out to")
         return Compressed(modules, kept / total if total > 0 else 1.0, shares)
@@ -221,5 +230,4 @@ def _triangle(factors: Sequence[Tensor], R: int, dtype: torch.dtype) -> Tensor:
     length = gram.diagonal().sqrt()
     length = torch.where(length > 0, length, 1.0)
     values, vectors = torch.linalg.eigh(gram / length / length[:, None])
-    roots: Tensor = values.clamp(min=0).sqrt()
-    return roots[:, None] * vectors.T * length
+    return torch.mul(values.clamp(min=0).sqrt()[:, None], vectors.T * length)

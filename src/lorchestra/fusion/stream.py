@@ -13,14 +13,12 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.belonging import check_base
@@ -35,6 +33,7 @@ from lorchestra.events import SILENT, Reporter, Task
 from lorchestra.fusion.assign import DTYPES, Output, Shard, plan_shards
 from lorchestra.fusion.merge_journal import NAME, Done, Journal, file_digest
 from lorchestra.fusion.rounding import Addend, Sums, matrix, move_rows, pieces, write_at
+from lorchestra.fusion.workers import one_thread_each
 
 # Entries that a thread takes at once.
 JOB = 1 << 22
@@ -200,7 +199,7 @@ def _write_shards(
     sealing: tuple[str, dict[str, Sums], Future[str]] | None = None
     with (
         ExitStack() as opened,
-        _threads() as pool,
+        one_thread_each("merge") as pool,
         reporter.task("merge", sum(shard.size for shard in shards), "B") as task,
     ):
         for shard in shards:
@@ -264,19 +263,6 @@ def _note(sealing: tuple[str, dict[str, Sums], Future[str]] | None, journal: Jou
     if sealing is not None:
         name, sums, digest = sealing
         journal.add(name, Done(digest.result(), sums))
-
-
-@contextmanager
-def _threads() -> Iterator[Executor]:
-    """As many threads as torch would use, each of which computes alone: a tile is too small to share."""
-    count = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, "merge")
-    torch.set_num_threads(1)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(count)
 
 
 def _write_rest(
