@@ -37,7 +37,8 @@ def oracle(tiny_dir):
             return_tensors="pt",
         )
         out = model.generate(**ids, max_new_tokens=count, do_sample=False, repetition_penalty=1.1, pad_token_id=3)
-        return tokenizer.decode(out[0, ids.input_ids.shape[1] :], skip_special_tokens=True).strip()
+        text = tokenizer.decode(out[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
+        return text.rstrip("\ufffd").strip()  # a cut answer ends with a whole character
 
     return answer
 

@@ -69,7 +69,7 @@ def answers(
 
 
 def _whole(text: str) -> str:
-    """Without the half of a character that a byte-level tokenizer leaves where an answer is cut off."""
+    """Without the half of a character that a tokenizer of bytes leaves where an answer is cut off: � for each byte."""
     return text.rstrip("\ufffd")
 
 
