@@ -87,7 +87,7 @@ def test_bfloat16_is_read_as_bytes(tmp_path):
 def test_it_is_remembered_by_size_and_time(base, monkeypatch):
     whole = fingerprint(base)
 
-    def forbidden(shards):
+    def forbidden(shards, reporter):
         raise AssertionError("the weights are read again")
 
     monkeypatch.setattr(module, "_weights_digest", forbidden)

@@ -43,8 +43,27 @@ def test_yaml_that_cannot_be_read(mistake, tmp_path):
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(RecipeError, match=r"there is no recipe .*nowhere\.yaml; `lorchestra init` writes one"):
         Document.read(tmp_path / "nowhere.yaml")
-    with pytest.raises(RecipeError, match=r"is a directory; name the recipe in it \(.*recipe.yaml\)"):
+    with pytest.raises(RecipeError, match="is a directory without a recipe; `lorchestra init .*` writes one"):
         Document.read(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").touch()
+    with pytest.raises(RecipeError, match="is an adapter, not a recipe; see it with `lorchestra inspect"):
+        Document.read(tmp_path / "adapter")
+    (tmp_path / "my.yml").touch()
+    with pytest.raises(RecipeError, match=r"is a directory; name the recipe in it \(.*my\.yml\)"):
+        Document.read(tmp_path)
+    for name, text in {
+        "rows.jsonl": '{"prompt": "a"}',
+        "rows.json": '[{"prompt": "a"}]',
+        "row.json": '{"a": 1}',
+    }.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(
+            RecipeError, match=f"{name} is data, not a recipe; `lorchestra init --data .*{name}` writes"
+        ):
+            Document.read(tmp_path / name)
+    (tmp_path / "recipe.json").write_text('{"name": "x", "base": "b", "stages": []}')
+    assert Document.read(tmp_path / "recipe.json").values["name"] == "x", "JSON is YAML"
     (tmp_path / "latin.yaml").write_bytes("name: é".encode("latin-1"))
     with pytest.raises(RecipeError, match="is not a text file in UTF-8"):
         Document.read(tmp_path / "latin.yaml")
