@@ -43,7 +43,7 @@ def test_yaml_that_cannot_be_read(mistake, tmp_path):
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(RecipeError, match=r"there is no recipe .*nowhere\.yaml; `lorchestra init` writes one"):
         Document.read(tmp_path / "nowhere.yaml")
-    with pytest.raises(RecipeError, match="is a directory without a recipe; `lorchestra init .*` writes one"):
+    with pytest.raises(RecipeError, match=r"is a directory without a recipe; `lorchestra init .*` writes one"):
         Document.read(tmp_path)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").touch()
