@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,13 +14,13 @@ from lorchestra.errors import TrainingError
 from lorchestra.evaluate.parity import merged_parity
 from lorchestra.events import Reporter
 from lorchestra.fusion.methods import compress, linear
-from lorchestra.fusion.stream import merge
-from lorchestra.pipeline.cache import Step, StepCache, place, step_digest, write_json
+from lorchestra.fusion.stream import MergeReport, merge
+from lorchestra.pipeline.cache import SCRATCH, Step, StepCache, place, step_digest, write_json
 from lorchestra.pipeline.choosing import Chosen
 from lorchestra.pipeline.prepare import Prepared
 
 FUSE_VERSION = 1
-MERGE_VERSION = 2  # parity in float32
+MERGE_VERSION = 3  # the base's own rounding is told apart
 PARITY_PROMPTS = 3
 
 
@@ -71,19 +72,28 @@ def merge_step(prepared: Prepared, fused: Adapter, cache: StepCache, reporter: R
     digest = merge_digest(prepared, fused)
 
     def make(work: Path) -> dict[str, Any]:
-        out = work / "model"
-        report = merge(prepared.directory, fused, out, dtype=dtype, reporter=reporter)
         prompts = _prompts(prepared)
-        with reporter.task("check the merged model", len(prompts), "prompt") as task:
-            # On the CPU: two models in float32 beside the base are more than a small card holds.
-            found = merged_parity(prepared.directory, out, {"fused": fused}, {"fused": 1.0}, prompts, "cpu")
-            task.advance(len(prompts))
-        if report.dtype == "float32" and not found.holds:
-            raise TrainingError(
-                f"the merged model does not answer as base + adapter do: {found.ratio:.1%} of the adapter's effect on "
-                "the logits differs (5 % is allowed). The merge is not kept"
-            )
-        return {**report.as_dict(), "parity": found.ratio}
+        ratio = 0.0
+
+        def check(model: Path, report: MergeReport) -> None:
+            nonlocal ratio
+            with reporter.task("check the merged model", len(prompts), "prompt") as task:
+                # On the CPU: two models in float32 beside the base are more than a small card holds.
+                found = merged_parity(prepared.directory, model, {"fused": fused}, {"fused": 1.0}, prompts, "cpu")
+                task.advance(len(prompts))
+            ratio = found.ratio
+            if report.dtype == "float32" and not found.holds:
+                raise TrainingError(
+                    f"the merged model does not answer as base + adapter do: {found.ratio:.1%} of the adapter's effect "
+                    "on the logits differs (5 % is allowed). The merge is not kept"
+                )
+
+        # In the scratch directory, where a killed merge finds again what it had finished.
+        out = work / SCRATCH / "model"
+        shutil.rmtree(out, ignore_errors=True)  # whole, but killed before it was moved
+        report = merge(prepared.directory, fused, out, dtype=dtype, check=check, reporter=reporter)
+        out.rename(work / "model")
+        return {**report.as_dict(), "parity": ratio}
 
     return cache.build("merge", digest, make, reporter.say)
 
