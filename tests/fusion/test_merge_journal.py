@@ -142,6 +142,24 @@ def test_only_what_belongs_to_this_merge_is_taken_over(place, stops_after, chang
     assert contents(Path("out")) == contents(Path("whole"))
 
 
+def test_what_is_in_the_way_and_not_ours_is_left_alone(place):
+    adapter = make_base(place / "base")
+    (place / ".out.partial").mkdir()
+    (place / ".out.partial" / "thesis.txt").write_text("mine")
+    (place / "elsewhere").mkdir()
+    (place / "elsewhere" / NAME).write_text("{}")
+    (place / "elsewhere" / "thesis.txt").write_text("mine")
+    (place / ".linked.partial").symlink_to(place / "elsewhere")
+    (place / ".file.partial").write_text("mine")
+    for out in ("out", "linked", "file"):
+        with pytest.raises(StorageError, match=rf"\.{out}\.partial is in the way and was not left by an earlier try"):
+            merge("base", adapter, out)
+        assert not Path(out).exists()
+    assert Path(".out.partial/thesis.txt").read_text() == "mine"
+    assert Path("elsewhere/thesis.txt").read_text() == "mine"
+    assert Path(".file.partial").read_text() == "mine"
+
+
 def test_ctrl_c_says_what_is_kept(place, stops_after):
     adapter = make_base(place / "base")
     stops_after(3, KeyboardInterrupt())

@@ -45,6 +45,10 @@ def whole_directory(
     """
     target = Path(os.path.realpath(target))
     partial = target.with_name(f".{target.name}.partial") if keeps else _sibling(target, "partial")
+    if keeps and (partial.is_symlink() or not _free(partial, keeps)):
+        raise StorageError(
+            f"cannot write {what} to {target}: {partial} is in the way and was not left by an earlier try; move it"
+        )
     try:
         if target.exists() and not target.is_dir():
             raise StorageError(f"cannot write {what} to {target}: a file is there; choose another name")
@@ -61,6 +65,11 @@ def whole_directory(
     finally:
         if keeps is None or not (partial / keeps).is_file():
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _free(partial: Path, keeps: str) -> bool:
+    """Not there, empty, or what an earlier try left."""
+    return not partial.exists() or (partial.is_dir() and ((partial / keeps).is_file() or not any(partial.iterdir())))
 
 
 def _swap(partial: Path, target: Path) -> None:

@@ -69,6 +69,10 @@ class Journal:
     def add(self, name: str, done: Done) -> None:
         """Note a finished file."""
         self.done[name] = done
+        self.write()
+
+    def write(self) -> None:
+        """To the disk, whole; from the start, so that the directory can be told for what it is."""
         files = {name: asdict(entry) for name, entry in self.done.items()}
         partial = self._path.with_suffix(".new")
         partial.write_text(json.dumps({"schema": SCHEMA, "task": self.task, "files": files}), encoding="utf-8")

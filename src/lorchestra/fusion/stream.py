@@ -142,18 +142,12 @@ def merge(
         if journal.recover({shard.source.name: shard.size for shard in shards}):
             reporter.say(f"{partial} held another merge, or a damaged file; that is made anew")
         resumed = len(journal.done)
+        journal.write()
         _clear(partial, journal.done)
-        _check_room(partial, out, [shard for shard in shards if shard.source.name not in journal.done])
-        try:
+        with _kept_if_worth_it(journal, len(shards), partial):
+            _check_room(partial, out, [shard for shard in shards if shard.source.name not in journal.done])
             _write_shards(shards, partial, adapter, journal, reporter)
-        except KeyboardInterrupt as stopped:
-            if not journal.done:
-                raise
-            raise Interrupted(
-                f"stopped; {len(journal.done)} of {len(shards)} files are kept in {partial}: the same command goes on "
-                "there"
-            ) from stopped
-        _write_rest(partial, base, config, shards, journal, adapter, dtype, companions)
+            _write_rest(partial, base, config, shards, journal, adapter, dtype, companions)
         report = _report(shards, journal, resumed, time.perf_counter() - started)
         try:
             check(partial, report)
@@ -162,6 +156,21 @@ def merge(
             raise
         journal.close()
     return replace(report, seconds=time.perf_counter() - started)
+
+
+@contextmanager
+def _kept_if_worth_it(journal: Journal, files: int, partial: Path) -> Iterator[None]:
+    """Whatever ends the merge: without a finished file nothing is kept; after Ctrl-C it is said what is."""
+    try:
+        yield
+    except BaseException as error:
+        if not journal.done:
+            journal.close()
+        elif isinstance(error, KeyboardInterrupt):
+            raise Interrupted(
+                f"stopped; {len(journal.done)} of {files} files are kept in {partial}: the same command goes on there"
+            ) from error
+        raise
 
 
 @contextmanager
@@ -306,9 +315,7 @@ def _clear(partial: Path, done: Iterable[str]) -> None:
     """What a killed merge left, but its finished files and its journal."""
     for path in partial.iterdir():
         if path.name not in {*done, NAME}:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not done:
-        (partial / NAME).unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _check_room(partial: Path, out: Path, shards: Iterable[Shard]) -> None:
