@@ -226,7 +226,7 @@ def test_ctrl_c_says_how_to_go_on(lorchestra, recipe, tmp_path):
     watcher = threading.Thread(target=interrupt)
     watcher.start()
     try:
-        argv = ("run", "recipe.yaml", "--set", "train.max_steps=100000", "--set", "train.checkpoint_every=1")
+        argv = ("run", "recipe.yaml", "--set", "train.max_steps=2000", "--set", "train.checkpoint_every=1")
         told = lorchestra(*argv)
     finally:
         done.set()
