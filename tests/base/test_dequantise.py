@@ -94,7 +94,9 @@ def test_scales_that_are_missing_are_no_weights(tmp_path):
     gone = next(name for name in weights if name.endswith("weight_scale_inv"))
     del weights[gone]
     save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SourceError):
+    with pytest.raises(
+        SourceError, match=rf"{gone.removesuffix('_scale_inv')} is stored in F8_E4M3 without its scales"
+    ):
         dequantised(tmp_path / "base")
 
 

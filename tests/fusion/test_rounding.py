@@ -80,8 +80,11 @@ def test_any_shape_dtype_and_tile(tmp_path_factory, m, n, rank, tile, stored, ki
         found, sums = moved(tmp_path_factory.mktemp("w"), weight, kind, update, transposed)
     finally:
         rounding.TILE = usual
-    expected = (weight.float() + delta).to(kind)
-    assert torch.equal(found, expected)
+    # A product of few rows or columns has kernels of its own, which sum in another order: its last bits may differ.
+    exact = weight.double() + delta.double()
+    left, right = (update.A.T, update.B.T) if transposed else (update.B, update.A)
+    slack = (rank + 2) * 2.0**-23 * (weight.double().abs() + left.double().abs() @ right.double().abs())
+    assert ((found.double() - exact).abs() <= slack + torch.finfo(kind).eps / 2 * exact.abs() + 1e-7).all()
     W, M, R = (tensor.double() for tensor in (weight, found, weight.to(kind)))
     D = delta.double()
     lost = torch.minimum((M - R - D).abs(), D.abs()) if stored != kind and kind != torch.float32 else M - R - D

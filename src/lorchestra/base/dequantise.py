@@ -69,6 +69,7 @@ def _convert(directory: Path, method: str, out: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    _whole(directory)
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     try:
         model = METHODS[method](directory, settings)
@@ -88,6 +89,15 @@ def _convert(directory: Path, method: str, out: Path) -> None:
         raise SourceError(f"{directory} ({method}): transformers left {left[0]} as it was; use the unquantised model")
     note = {"schema": 1, "made_by": f"dequantise {method}", "name": directory.name}
     (out / "lorchestra.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+
+
+def _whole(directory: Path) -> None:
+    """Whether every float8 weight has its scales: without them transformers fills in numbers of its own, unasked."""
+    found = [entry for file in weight_files(directory) for entry in entries(file)]
+    names = {entry.name for entry in found}
+    for entry in found:
+        if entry.dtype.startswith("F8_") and not {f"{entry.name}_scale_inv", f"{entry.name}_scale"} & names:
+            raise SourceError(f"{directory} is damaged: {entry.name} is stored in {entry.dtype} without its scales")
 
 
 def _at_load(directory: Path, settings: Mapping[str, Any]) -> Any:
