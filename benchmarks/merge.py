@@ -109,10 +109,9 @@ def measure(work: Path, asked: argparse.Namespace) -> dict[str, Any]:
         # It merges the adapter with PEFT into a cache, and copies from there.
         cache = ["--lora-merge-cache", str(work / "cache"), "--no-copy-tokenizer"]
         ways["mergekit"] = [str(asked.mergekit / "mergekit-yaml"), *cache, str(recipe)]
-    dropped = drop_cache()
     rows: dict[str, dict[str, list[float]]] = {}
     checked: dict[str, str] = {}
-    caches = ["warm", "cold"] if dropped else ["warm"]
+    caches = ["warm", "cold"] if hasattr(os, "posix_fadvise") else ["warm"]
     for _ in range(1 if asked.short else asked.rounds):
         for cache in caches:
             for name, command in ways.items():
@@ -135,7 +134,6 @@ def measure(work: Path, asked: argparse.Namespace) -> dict[str, Any]:
         "rank": RANK,
         "threads": asked.threads,
         "rounds": 1 if asked.short else asked.rounds,
-        "cache_dropped": dropped,
         "load": os.getloadavg()[1],  # of the machine in the last five minutes, this benchmark's included
         "ways": figures,
     }
@@ -190,8 +188,8 @@ def run(
             with path.open("rb") as stream:
                 while stream.read(1 << 20):
                     pass
-    if cache == "cold":
-        drop_cache()
+        if cache == "cold":
+            drop(directory)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     arguments = [str(out)] if "mergekit" in command[0] else [str(base), str(adapter), str(out)]
     started = time.perf_counter()
@@ -244,14 +242,12 @@ def compare(base: Path, adapter: Path, out: Path) -> str:
     return f"{equal} of {total}; {differing / entries:.2%} of entries differ"
 
 
-def drop_cache() -> bool:
-    """Empty the operating system's file cache, where that is permitted."""
-    os.sync()
-    try:
-        Path("/proc/sys/vm/drop_caches").write_text("3\n")
-    except OSError:
-        return False
-    return True
+def drop(directory: Path) -> None:
+    """Take the directory's files out of the operating system's file cache; libraries stay in it for all ways."""
+    for path in directory.iterdir():
+        file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
 
 
 def seconds(row: dict[str, Any], cache: str) -> str:
@@ -273,9 +269,8 @@ def table(result: dict[str, Any]) -> str:
     ]
     for name, row in result["ways"].items():
         times = [seconds(row, cache) for cache in ("warm", "cold")]
-        lines.append(
-            f"| {name} | {times[0]} | {times[1]} | {row['processor']:.1f} s | {row['peak_mb']:.0f} MB | {row.get('equal', '')} |"
-        )
+        cost = f"{row['processor']:.1f} s | {row['peak_mb']:.0f} MB"
+        lines.append(f"| {name} | {times[0]} | {times[1]} | {cost} | {row.get('equal', '')} |")
     return "\n".join(lines)
 
 

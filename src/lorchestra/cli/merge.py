@@ -14,7 +14,7 @@ import psutil
 import typer
 
 from lorchestra.cli import completion
-from lorchestra.cli.options import Device, Json, Weighted, number, weighted
+from lorchestra.cli.options import DTYPES, Device, Json, Weighted, number, weighted
 from lorchestra.errors import TrainingError, UserError, counted
 
 if TYPE_CHECKING:
@@ -32,7 +32,14 @@ PARITY_BYTES = 5  # a parameter
 # A sum below this share of its largest member is rounding error.
 NOTHING = 1e-6
 
-DtypeOut = Annotated[str, typer.Option("--dtype", help="Of the output: auto (the base's), float32, bfloat16, float16.")]
+DtypeOut = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="Of the output: auto (the base's), float32, bfloat16, float16.",
+        autocompletion=completion.among(*DTYPES),
+    ),
+]
 Out = Annotated[Path, typer.Option("--output_dir", "-o", metavar="DIR", help="A new directory for the merged model.")]
 Untie = Annotated[
     bool,
@@ -158,11 +165,10 @@ def _merge(base: str, members: list[Weighted], out: Path, asked: Asked, as_json:
     from lorchestra.base.load import choose_device, source_name
     from lorchestra.cli.models import base_directory, load_adapters, remarks
     from lorchestra.cli.progress import make_reporter
-    from lorchestra.fusion.assign import DTYPES
     from lorchestra.fusion.methods import linear
 
-    if asked.dtype != "auto" and asked.dtype not in DTYPES:
-        raise UserError(f"--dtype {asked.dtype!r} is unknown; there are auto, {', '.join(DTYPES)}")
+    if asked.dtype not in DTYPES:
+        raise UserError(f"--dtype {asked.dtype!r} is unknown; there are {', '.join(DTYPES)}")
     choose_device(asked.device)
     reporter = make_reporter()
     adapters, weights = load_adapters(members, reporter)
