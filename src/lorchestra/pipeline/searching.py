@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -218,15 +218,20 @@ class _Validation:
         """The base's scores; it is one of the fixed points."""
         return self.memory.scores[weights_key({})]
 
-    def values(self, points: Sequence[Weights]) -> list[float]:
-        """See :class:`Objective`. The base and the single adapters come in the first call, with the fixed points."""
+    def values(self, points: Sequence[Weights]) -> Iterator[float]:
+        """See :class:`Objective`. The base, which all losses are divided by, and the single adapters, from which the
+        goal's limit is measured, are among the fixed points: in that first call they are scored first."""
+        measures = {weights_key(point) for point in ({}, *self.singles)}
         new = [point for point in points if weights_key(point) not in self.memory.scores]
-        for start in range(0, len(new), TOGETHER):
-            together = new[start : start + TOGETHER]
-            found = self._measured(together)
-            lines = {weights_key(point): _plain(each) for point, each in zip(together, found, strict=True)}
-            self.memory.keep({"scores": lines})
-        return [self._value(self._ratios(point)) for point in points]
+        new.sort(key=lambda point: weights_key(point) not in measures)
+        chunks = iter([new[start : start + TOGETHER] for start in range(0, len(new), TOGETHER)])
+        for point in points:
+            while not {weights_key(point), *measures} <= self.memory.scores.keys():
+                together = next(chunks)
+                found = self._measured(together)
+                lines = {weights_key(each): _plain(scores) for each, scores in zip(together, found, strict=True)}
+                self.memory.keep({"scores": lines})
+            yield self._value(self._ratios(point))
 
     def slope(self, point: Weights) -> tuple[float, Weights]:
         """See :class:`Objective`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,8 +21,8 @@ SLOPE = 3  # what a gradient costs, in forward passes over λ-validation (one fo
 class Objective(Protocol):
     """The loss on λ-validation, lower is better. It may remember: equal points are equal questions."""
 
-    def values(self, points: Sequence[Weights]) -> Sequence[float]:
-        """The loss at every point; one that is not finite never wins."""
+    def values(self, points: Sequence[Weights]) -> Iterable[float]:
+        """The loss at every point, as they come; one that is not finite never wins."""
 
     def slope(self, point: Weights) -> tuple[float, Weights]:
         """The loss at ``point``, and its derivative by every coefficient."""
@@ -100,7 +100,7 @@ class Run:
             score = float(value) if math.isfinite(value) else math.inf
             self.tried[key] = Candidate(point.weights, point.origin, score)
             self.reporter.event("candidate", weights=dict(point.weights), score=score, origin=point.origin)
-        self._pay(len(within))
+            self._pay(1)
         if len(within) < len(new):
             raise Spent
         return [self._score(self.tried[weights_key(p.weights)]) for p in points]
