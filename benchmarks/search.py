@@ -8,6 +8,7 @@ Same base, same items, same number format, in one process. Prints one table and 
     lorchestra run examples/medical/recipe.yaml                  # trains the three adapters; ten minutes
     python benchmarks/search.py --run runs/medical               # all 66 points with PEFT
     python benchmarks/search.py --run runs/medical --points 22   # times 22 of them, and multiplies
+    python benchmarks/search.py --run runs/medical --together    # only whether candidates gain from sharing passes
     python benchmarks/search.py --short                          # a tiny random model, 15 points: for CI
 
 PEFT's candidates are scored twice over: in the plain way (padded batches in the order of the data, logits of every
@@ -15,7 +16,7 @@ position), and by our own scorer (batches of like length, logits of supervised p
 the fusing and the number of candidates to tell the two apart. The plain way is timed on ``--plain`` points and
 multiplied; the losses are those of our scorer. The grid's best is that of all its points: what PEFT did not fuse, the
 strategy ``grid`` scores through the bank, to the same sums. The last column is when a search first had a candidate at
-most 0.1 % above the grid's best.
+most 0.1 % above the grid's best, a point of a slope included.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def main() -> None:
     options.add_argument("--step", type=float, default=0.1)
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--dtype", default="auto")
+    options.add_argument("--together", action="store_true", help="only: do candidates gain from sharing passes?")
     options.add_argument("--clock", choices=list(CLOCKS), default="wall", help="processor: on a machine that is busy")
     options.add_argument("--short", action="store_true", help="tiny model, step 0.25; writes nothing")
     asked = options.parse_args()
@@ -81,8 +83,8 @@ def main() -> None:
             case = real(asked)
         else:
             options.error("give --run DIR, --adapter NAME=DIR three times, or --short")
-        found = measure(replace(case, clock=CLOCKS[asked.clock]), asked, Path(scratch))
-    print(table(found))
+        case = replace(case, clock=CLOCKS[asked.clock])
+        print(sharing(case) if asked.together else table(measure(case, asked, Path(scratch))))
 
 
 def measure(case: Case, asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -209,6 +211,38 @@ def by_bank(case: Case, strategy: str, step: float, work: Path) -> dict[str, Any
         "at": dict(best.weights), "origin": best.origin, "seconds": seconds, "heard": heard,
         "best_of_grid": min(simplex),
     }  # fmt: skip
+
+
+def sharing(case: Case, candidates: int = 4, rounds: int = 3) -> str:
+    """Four candidates one after another and in the same passes, by size of the domain; medians, in Markdown."""
+    from lorchestra.bank import Bank
+    from lorchestra.evaluate.mixtures import score_mixtures
+    from lorchestra.evaluate.score import score
+    from lorchestra.objective.batch import length
+
+    bank = Bank(case.base.model, case.base.id)
+    for name, adapter in case.members.items():
+        bank.load(name, adapter)
+    mixtures = [dict.fromkeys(case.members, 0.2 * (k + 1)) for k in range(candidates)]
+    lines = ["| items | positions | one after another, s | together, s | ratio |", "|---|---|---|---|---|"]
+    for domain in case.domains.values():
+        for items in (1, 2, 4, 8, 16):
+            part = domain.first(items)
+            alone, together = [], []
+            for _ in range(rounds + 1):
+                started = case.clock()
+                for mixture in mixtures:
+                    with bank.using(mixture):
+                        score(bank.model, part, case.base.pad_id)
+                between = case.clock()
+                score_mixtures(bank, part, mixtures, case.base.pad_id)
+                alone.append(between - started)
+                together.append(case.clock() - between)
+            one, all_ = statistics.median(alone[1:]), statistics.median(together[1:])
+            positions = sum(map(length, part.items))
+            lines.append(f"| {len(part.items)} | {positions} | {one:.2f} | {all_:.2f} | {all_ / one:.2f} |")
+    bank.unmount()
+    return "\n".join(lines)
 
 
 def real(asked: argparse.Namespace) -> Case:

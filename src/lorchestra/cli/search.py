@@ -60,7 +60,7 @@ def search(
     ] = "gradient",
     budget: Annotated[
         int | None,
-        typer.Option("--budget", min=1, help="Forward passes over λ-validation; a gradient counts three.",
+        typer.Option("--budget", min=1, help="Forward passes over λ-validation; a gradient counts two.",
                      show_default="the strategy's"),
     ] = None,
     goal: Annotated[

@@ -123,8 +123,8 @@ class TestStrategies:
             def at(self, point):
                 return math.nan if sum(point.values()) > 1.5 else super().at(point)
 
-        for name in ("surrogate", "tpe", "cmaes", "sobol"):
-            found = search(Space(independent(2)), Broken([0.5, 0.5]), strategy=name)
+        for name in ("gradient", "surrogate", "tpe", "cmaes", "sobol"):
+            found = search(Space(independent(2)), Broken([0.9, 0.9]), strategy=name)
             assert math.isfinite(found.chosen.score)
             assert all(c.score == math.inf for c in found.candidates if sum(c.weights.values()) > 1.5)
 

@@ -14,7 +14,7 @@ import numpy as np
 from lorchestra.fusion.search.problem import SLOPE, Array, Problem, Run, Space, Spent
 from lorchestra.fusion.search.surrogate import Surface, fit
 
-LEAPS, LEAP = 4, 0.5  # how often, and how far (as a share of the box), the response surface may lead
+LEAP = 0.25  # how far the response surface may lead, as a share of the box
 RADIUS = 0.2  # first trust radius, as a share of the box
 SMALLEST = 0.005  # below this radius (a share of the box too) the descent has arrived
 GAIN = 2e-4  # it has too when the model promises less than this share of the loss
@@ -33,20 +33,16 @@ def gradient(problem: Problem) -> None:
 
 
 def lead(problem: Problem) -> None:
-    """Try the minimum of the response surface, as long as that improves: it costs one pass, a slope three.
+    """Try the minimum of the response surface near the best point: it costs one pass, a slope two.
 
     Only where the points so far determine a surface: few members, or many stacks.
     """
-    box, K = problem.space.high - problem.space.low, problem.K
-    for _ in range(LEAPS):
-        points, scores = problem.tried()
-        if scores.size < K * (K + 3) // 2:
-            return
+    points, scores = problem.tried()
+    if scores.size >= problem.K * (problem.K + 3) // 2:
+        reach = LEAP * (problem.space.high - problem.space.low)
         centre = problem.inside(problem.best)
-        low, high = (problem.inside(centre + side * LEAP * box) for side in (-1, 1))
-        (score,) = problem.scores([fit(points, scores, centre, LEAP * box).lowest(low, high)], "surrogate")
-        if score >= scores.min():
-            return
+        low, high = problem.inside(centre - reach), problem.inside(centre + reach)
+        problem.scores([fit(points, scores, centre, reach).lowest(low, high)], "surrogate")
 
 
 def refine(space: Space, run: Run, seed: int) -> None:
@@ -103,6 +99,8 @@ def descend(
 
     x, H, radius = start, curvature, RADIUS * box
     f, g = slope(x)
+    if not (np.isfinite(f) and np.isfinite(g).all()):  # nothing leads on from here
+        return x
     spent = False
     while radius > SMALLEST * box:
         model = Surface(x, f, g, H)
@@ -115,6 +113,9 @@ def descend(
         except Spent:
             spent = True
             break
+        if not (np.isfinite(f1) and np.isfinite(g1).all()):
+            radius = 0.5 * min(radius, float(np.abs(target - x).max()))
+            continue
         s, missed = target - x, g1 - g - H @ (target - x)
         if abs(s @ missed) > 1e-8 * float(np.linalg.norm(s) * np.linalg.norm(missed)):
             H = H + np.outer(missed, missed) / (s @ missed)

@@ -14,7 +14,7 @@ from lorchestra.fusion.search.sequential import cmaes, tpe
 from lorchestra.fusion.search.surrogate import surrogate
 
 DEFAULT = "gradient"
-BEYOND = 16  # forward passes over λ-validation beyond the fixed points, where nothing else is said
+BEYOND = 12  # forward passes over λ-validation beyond the fixed points, where nothing else is said
 
 
 @dataclass(frozen=True)
