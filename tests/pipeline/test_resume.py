@@ -55,7 +55,9 @@ def recipe(tiny_dir):
             {
                 "name": "clinic", "data": "clinic.jsonl", "context": {"general": 1.0},
                 "lora": {"orthogonality": {"mode": "projection", "against_context": True}},
-                "train": {"learning_rate": 2.0, "eval_every": 2, "patience": 1, "scheduler": "constant"},
+                "train": {
+                    "learning_rate": 0.5, "max_steps": 40, "eval_every": 2, "patience": 1, "scheduler": "constant",
+                },
             },
             {
                 "name": "preference", "task": "dpo", "data": "pairs.jsonl",
