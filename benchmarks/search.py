@@ -214,7 +214,7 @@ def by_bank(case: Case, strategy: str, step: float, work: Path) -> dict[str, Any
 
 
 def sharing(case: Case, candidates: int = 4, rounds: int = 2) -> str:
-    """Four candidates one by one and in the same passes, by items of the first domain; medians, as a Markdown table."""
+    """Four candidates one after another and in the same passes, by items of the first domain; medians, in Markdown."""
     from lorchestra.bank import Bank
     from lorchestra.evaluate.mixtures import score_mixtures
     from lorchestra.evaluate.score import score
