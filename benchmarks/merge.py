@@ -92,6 +92,8 @@ def main() -> None:
 def measure(work: Path, asked: argparse.Namespace) -> dict[str, Any]:
     """Every way in ``rounds`` rounds, one after the other within a round, so that a slow minute hits all of them."""
     shapes = SHAPES | ({"num_hidden_layers": 2} if asked.short else {})
+    for left in ("out", "cache"):  # of a run that was stopped
+        shutil.rmtree(work / left, ignore_errors=True)
     base, adapter = apart(make_inputs, work, shapes)
     ways = {
         "copy the files": [sys.executable, "-c", COPY],
