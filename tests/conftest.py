@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,31 @@ def pytest_runtest_makereport(item, call):
     if report.skipped and os.environ.get("LORCHESTRA_TESTS_SKIP_NOTHING") and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
         report.longrepr = f"skipped where nothing may be: {report.longrepr}"
+
+
+@pytest.fixture
+def mounted():
+    """``mounted(place, options)`` mounts a file system of its own (tmpfs) on a directory, until the test ends."""
+    places = []
+
+    def mount(place, options):
+        if not sys.platform.startswith("linux") or os.geteuid() != 0:
+            pytest.skip("only root on Linux mounts a file system")
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", place]
+        told = subprocess.run(command, capture_output=True, text=True, check=False)
+        if told.returncode:
+            pytest.skip(f"no file system can be mounted here: {told.stderr.strip()}")
+        places.append(place)
+        return place
+
+    yield mount
+    for place in places:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path, mounted):
+    """A file system on ``small``; ``small_disk(size)`` gives it that many KiB."""
+    (tmp_path / "small").mkdir()
+    place = mounted(tmp_path / "small", "size=16k")
+    return lambda size: subprocess.run(["mount", "-o", f"remount,size={size}k", place], check=True)

@@ -172,3 +172,13 @@ def located(locating):
         return found | {"tasks": [line for line in lines if "task" in line]}
 
     return run
+
+
+@pytest.fixture
+def links(tmp_path, pip_environment):
+    """A find-links directory, and nothing else."""
+    directory = tmp_path / "links"
+    directory.mkdir()
+    pip_environment.setenv("PIP_FIND_LINKS", str(directory))
+    pip_environment.setenv("PIP_NO_INDEX", "1")
+    return directory

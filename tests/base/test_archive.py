@@ -20,15 +20,6 @@ from lorchestra.errors import SourceError, StorageError
 SOURCE = parse_source("pip:some-data==1.0")
 
 
-@pytest.fixture
-def links(tmp_path, pip_environment):
-    directory = tmp_path / "links"
-    directory.mkdir()
-    pip_environment.setenv("PIP_FIND_LINKS", str(directory))
-    pip_environment.setenv("PIP_NO_INDEX", "1")
-    return directory
-
-
 def zipped(path, members, deflated=True):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED) as bundle:
         for name, data in members:

@@ -55,16 +55,6 @@ def sdist(directory, proof, name="some-data", version="1.0", extra=()):
     return path
 
 
-@pytest.fixture
-def links(tmp_path, pip_environment):
-    """A find-links directory, and nothing else."""
-    directory = tmp_path / "links"
-    directory.mkdir()
-    pip_environment.setenv("PIP_FIND_LINKS", str(directory))
-    pip_environment.setenv("PIP_NO_INDEX", "1")
-    return directory
-
-
 def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

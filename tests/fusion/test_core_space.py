@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.fusion.oracle import dense_sum, random_adapter
 
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.lowrank import LowRank
@@ -24,12 +25,7 @@ weight = st.just(0.0) | st.floats(0.01, 3) | st.floats(-3, -0.01)
 
 
 def make(ranks, seed):
-    generator = torch.Generator().manual_seed(seed)
-    modules = {}
-    for path, rank in ranks.items():
-        m, n = SHAPES[path]
-        modules[path] = LowRank(torch.randn(m, rank, generator=generator), torch.randn(rank, n, generator=generator))
-    return Adapter(modules)
+    return random_adapter(SHAPES, ranks, seed)
 
 
 @st.composite
@@ -37,14 +33,6 @@ def sums(draw):
     members = draw(st.lists(st.builds(make, ranks, seeds), min_size=1, max_size=4))
     weights = draw(st.lists(weight, min_size=len(members), max_size=len(members)))
     return members, weights
-
-
-def dense_sum(members, weights):
-    total = {}
-    for adapter, weight in zip(members, weights, strict=True):
-        for path, update in adapter.modules.items():
-            total[path] = total.get(path, 0) + weight * update.dense(torch.float64)
-    return total
 
 
 @laws

@@ -245,20 +245,6 @@ def test_two_at_once_wait_for_each_other(place):
     assert contents(Path("out")) == contents(Path("whole"))
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own; ``small_disk(size)`` gives it that many KiB."""
-    if os.name != "posix" or os.geteuid() != 0:
-        pytest.skip("only root on Linux mounts a small disk")
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", place], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}k", place], check=True)
-    subprocess.run(["umount", "-l", place], check=True)
-
-
 def test_room_is_counted_before_anything_is_written(place, small_disk):
     adapter = make_base(place / "base")
     out = place / "small" / "out"

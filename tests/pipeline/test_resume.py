@@ -309,20 +309,6 @@ def test_files_that_may_not_grow(runs, whole):
     assert_tidy(runs, "small")
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """Sets the size, in kB, of the file system on which the runs called ``small`` live."""
-    if not sys.platform.startswith("linux") or os.geteuid() != 0:
-        pytest.skip("only root on Linux mounts a small disk")
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", place], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}k", place], check=True)
-    subprocess.run(["umount", "-l", place], check=True)
-
-
 def test_a_full_disk(runs, small_disk, whole):
     size, stops, chance = 16, 0, random.Random(3)
     while not runs.go("small"):

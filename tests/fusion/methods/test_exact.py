@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 from tests.conftest import make_tiny_model
+from tests.fusion.oracle import dense_sum
 
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.lineage import BaseId, Lineage, Parent
@@ -47,15 +48,6 @@ def sums(draw):
     if not any(given):
         given[0] = 1.0
     return found, given
-
-
-def dense_sum(found, given):
-    """The oracle: path → Σ λᵢ·ΔWᵢ, dense, float64."""
-    total = {}
-    for adapter, weight in zip(found, given, strict=True):
-        for path, update in adapter.modules.items():
-            total[path] = total.get(path, 0) + weight * update.dense(torch.float64)
-    return total
 
 
 def assert_is(adapter, expected, tolerance=1e-9):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tests.fusion.methods import dense
+from tests.fusion.oracle import random_adapter
 
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.lowrank import LowRank
@@ -26,12 +27,7 @@ NAMES = ("first", "second", "third")
 
 
 def make(ranks, seed):
-    generator = torch.Generator().manual_seed(seed)
-    modules = {}
-    for path, rank in ranks.items():
-        m, n = SHAPES[path]
-        modules[path] = LowRank(torch.randn(m, rank, generator=generator), torch.randn(rank, n, generator=generator))
-    return Adapter(modules)
+    return random_adapter(SHAPES, ranks, seed)
 
 
 @st.composite
