@@ -14,7 +14,7 @@ import pytest
 
 from lorchestra.base.home import home
 from lorchestra.base.locate import SourceLock, content_sha256, locate
-from lorchestra.errors import SourceError, StorageError
+from lorchestra.errors import NotHereError, SourceError, StorageError
 from lorchestra.events import Silent
 
 ROWS = b'{"prompt": "a"}\n'
@@ -127,6 +127,14 @@ class TestSourceLock:
         lock.check("hf:org/name", "sha256:3")
         assert lock.read()["hf:org/name"] == "sha256:3", "the way out works"
 
+    def test_one_that_enters_nothing_holds_to_what_is_there(self, tmp_path):
+        path = tmp_path / "recipe.lock.json"
+        SourceLock(path, enters=False).check("hf:org/name", "sha256:1")
+        assert not path.exists()
+        SourceLock(path).check("hf:org/name", "sha256:1")
+        with pytest.raises(SourceError, match="has changed"):
+            SourceLock(path, enters=False).check("hf:org/name", "sha256:2")
+
     def test_a_directory_that_cannot_be_written(self):
         listener = Listener()
         with tempfile.TemporaryDirectory() as name:  # tmp_path would be closed to nobody altogether
@@ -160,6 +168,12 @@ class TestSourceLock:
         found = SourceLock(path).read()
         assert set(found) <= {f"hf:org/{i}" for i in range(4)}
         assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+def test_what_is_not_fetched_may_be_a_mistyped_path(folder):
+    (folder / "bases" / "medical").mkdir(parents=True)
+    with pytest.raises(NotHereError, match=r"not been fetched yet; it is taken for a name on the hub.*bases/medical"):
+        locate("base/medicl", relative_to=folder, fetch=False)
 
 
 def test_a_name_that_may_be_a_hubs_or_a_mistyped_paths(folder):

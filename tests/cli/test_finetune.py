@@ -242,6 +242,7 @@ def test_trackers_get_their_directory(lorchestra, tiny_dir, data):
         (["--device", "tpu"], ["--device", "'tpu'", "cpu"]),
         (["--format", "alpca"], ["'alpca'", "'alpaca'"]),
         (["--field", "prompt"], ["--field 'prompt'", "PART=COLUMN"]),
+        (["--adapter", "./nothere"], ["error: --adapter: source './nothere'"]),
         (["--dataset", "nothere.jsonl"], ["error: --dataset: source 'nothere.jsonl': there is no"]),
         (["--field", "prmpt=instruction"], ["error: --field: unknown part 'prmpt'", "Did you mean 'prompt'?"]),
         (["--field", "prompt=ask", "--field", "completion=output"], ["--field prompt: there is no column 'ask'"]),
@@ -276,6 +277,10 @@ def test_adapters_and_data_of_the_wrong_kind_are_refused(
     lorchestra("dpo", "--model_name_or_path", tiny_dir, "--dataset", data["alpaca"], "--output_dir", "out").refused(
         "alpaca.jsonl:1", "no rejected answer"
     )
+    lorchestra(
+        "dpo", "--model_name_or_path", tiny_dir, "--dataset", data["preference"], "--output_dir", "out",
+        "--ref_adapter_path", "./nothere",
+    ).refused("error: --ref_adapter_path: source './nothere'")  # fmt: skip
     lorchestra("ft", "--model_name_or_path", tiny_dir, "--dataset", ",", "--output_dir", "out").refused(
         "--dataset is empty"
     )

@@ -104,7 +104,11 @@ def test_long_csv_fields_are_read(tmp_path: Path) -> None:
         ("a.json", '{"a": [1,}', r"a\.json:1, column .*broken JSON"),
         ("a.json", '"text"', r"a\.json: expected a list of JSON objects, got str"),
         ("a.json", "[1]", r"a\.json:1: expected one JSON object per row.*got int"),
-        ("a.jsonl", JSONL.encode() + "发热\n".encode("gb18030"), r"a\.jsonl:3: not UTF-8 .*iconv -f GB18030"),
+        (
+            "a.jsonl",
+            JSONL.encode() + "发热\n".encode("gb18030"),
+            r"a\.jsonl:3: not UTF-8 .*iconv -f ENC.*GB18030",
+        ),
         ("a.csv", "", r"a\.csv is empty"),
         ("a.csv", "a,b\n1,2\n1,2,3\n", r"a\.csv:3: got 3 fields, expected 2 \(a, b\)"),
         ("a.csv", 'a,b\n1,2\n1,"2\n3\n', r"a\.csv:3: broken CSV.*closing"),

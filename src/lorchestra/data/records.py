@@ -87,7 +87,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             except UnicodeDecodeError as error:
                 raise DataError(
                     f"{path.name}:{number}: not UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1}). "
-                    f"Save the file as UTF-8, for example: iconv -f GB18030 -t UTF-8 {path.name} > utf8-{path.name}"
+                    f"Save the file as UTF-8: iconv -f ENCODING -t UTF-8 {path.name} > utf8-{path.name}, with the "
+                    "file's ENCODING (often GB18030 for Chinese, WINDOWS-1252 for Western languages)"
                 ) from error
 
 

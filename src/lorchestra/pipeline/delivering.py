@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorchestra.adapter.adapter import Adapter
+from lorchestra.adapter.lineage import Lineage
 from lorchestra.errors import TrainingError
 from lorchestra.evaluate.parity import merged_parity
 from lorchestra.events import Reporter
@@ -98,12 +99,12 @@ def merge_step(prepared: Prepared, fused: Adapter, cache: StepCache, reporter: R
     return cache.build("merge", digest, make, reporter.say)
 
 
-def place_model(merged: Step, fused: Adapter, target: Path) -> None:
-    """Put the merged model at ``target``, with the lineage of ``fused``: another recipe may have made the step."""
-    place(merged.directory / "model", target)
+def place_with_lineage(source: Path, target: Path, lineage: Lineage) -> None:
+    """Put a step's adapter or model at ``target``, with the lineage of this run: another recipe may have made it."""
+    place(source, target)
     note = target / "lorchestra.json"
     told = json.loads(note.read_text(encoding="utf-8"))
-    write_json(note, told | {"lineage": asdict(fused.lineage)})
+    write_json(note, told | {"lineage": asdict(lineage)})
 
 
 def _prompts(prepared: Prepared) -> list[tuple[int, ...]]:

@@ -16,7 +16,7 @@ from lorchestra.base.load import choose_device, choose_dtype
 from lorchestra.events import SILENT, Reporter
 from lorchestra.pipeline.cache import Step, StepCache, discard, place, run_lock, storage, sweep, write_json
 from lorchestra.pipeline.choosing import Chosen, choose
-from lorchestra.pipeline.delivering import fuse_step, merge_step, place_model
+from lorchestra.pipeline.delivering import fuse_step, merge_step, place_with_lineage
 from lorchestra.pipeline.journal import Journal
 from lorchestra.pipeline.judging import Judged, evaluate_step
 from lorchestra.pipeline.lazy import LazyBase
@@ -43,7 +43,7 @@ class RunResult:
     """What a run delivered.
 
     Args:
-        directory: of the run: ``report.html``, ``events.jsonl``, ``plan.json``, ``final/``.
+        directory: of the run: ``report.html``, ``events.jsonl``, ``plan.json``, ``adapters/``, ``final/``.
         adapter: the fused adapter, a PEFT directory (``final/adapter``).
         merged: the merged model (``final/model``), if the recipe asks for one.
         weights: the coefficients of the members.
@@ -146,10 +146,13 @@ class _Run:
         )  # fmt: skip
         if judged is not None:
             self._note("evaluate", "evaluate", judged.step)
+        for other in sorted((self.directory / "adapters").glob("[!.]*")):  # of a stage that the recipe no longer has
+            if other.name not in {name.replace(":", "-") for name in self.trainings}:
+                discard(other)
         final = self.directory / "final"
         place(fuse.directory / "adapter", final / "adapter")
         if merge is not None:
-            place_model(merge, fused, final / "model")
+            place_with_lineage(merge.directory / "model", final / "model", fused.lineage)
         else:
             discard(final / "model")
         report = self._report(chosen, fuse, merge, judged)
@@ -200,6 +203,8 @@ class _Run:
             logs = self.directory / "logs" / name.replace(":", "-")
             found = train(prepared, inputs, self.base, self.cache, digest, self.reporter, logs)
         self._note(name, "stage", found.step)
+        own = self.directory / "adapters" / name.replace(":", "-")
+        place_with_lineage(found.step.directory / "adapter", own, found.adapter.lineage)
         self.trainings[name] = self._training_report(inputs, found)
         return found
 

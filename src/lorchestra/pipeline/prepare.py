@@ -83,7 +83,7 @@ def prepare(recipe: Recipe, reporter: Reporter = SILENT, fetch: bool = True) -> 
     # Adapters record it, to find their base again; as it was written, where the environment has a part in it.
     name = str(path.resolve()) if path.exists() and source == recipe.base else recipe.base
     base = fingerprint(directory, name, reporter)
-    lock = SourceLock(recipe.path.with_suffix(".lock.json"), reporter) if recipe.path else None
+    lock = SourceLock(recipe.path.with_suffix(".lock.json"), reporter, enters=fetch) if recipe.path else None
     _pin(lock, recipe, recipe.base, base.weights)
     model = empty_model(directory)
     recipe.refuse(_absent_modules(recipe, model))
