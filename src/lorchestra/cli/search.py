@@ -153,7 +153,6 @@ def search(
     from lorchestra.base.load import prepare_base, source_name
     from lorchestra.base.locate import locate
     from lorchestra.data.render import Renderer
-    from lorchestra.fusion.search import context_warnings
     from lorchestra.fusion.search.driver import budget_of
     from lorchestra.pipeline.cache import StepCache
     from lorchestra.pipeline.lazy import LazyBase
@@ -186,9 +185,6 @@ def search(
     delivered = selection.standings[selection.adapters].candidate
     fused, retained = fused_by(members, plan, delivered.weights, output_dir.resolve().name, rank)
     fused = replace(fused, base=identity)
-    if plan.layer_groups == 1:
-        for line in context_warnings(members, delivered.weights):
-            reporter.say(f"warning: {line}")
     verified = verify(
         lazy, members, found_data, betas, fused, delivered.weights, len(searched.candidates), rank, plan.goal, reporter
     )

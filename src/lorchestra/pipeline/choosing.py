@@ -133,8 +133,7 @@ def concluded(recipe: Recipe, members: Mapping[str, Adapter], inputs: SearchInpu
             "On λ-validation the choice falls on the base alone: the adapters are not seen to help there. Delivered "
             f"all the same is {called(delivered.candidate)}, {delivered.value}, to be judged below."
         )
-    weights = dict(delivered.candidate.weights)
-    warnings += context_warnings(members, weights)
+    weights = dict(delivered.candidate.weights)  # measured as they stand: no word on the contexts is needed
     told = {
         "strategy": inputs.plan.strategy,
         "slopes": found.slopes,

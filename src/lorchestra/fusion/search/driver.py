@@ -106,4 +106,6 @@ def search(
         if space.divided:
             with suppress(Spent):
                 refine(space, run, seed)
+        if run.left >= SLOPE:
+            reporter.say(f"search weights: {row.name} came to its end; {run.left} of {passes} passes were not needed")
     return SearchResult(tuple(run.tried.values()), run.best, run.slopes)
