@@ -31,9 +31,9 @@ from lorchestra.errors import TrainingError
     ],
 )
 def test_keys_become_flags(message, told):
-    assert translated(message, names()) == told
+    assert translated(message, names({"adapter": "notes"})) == told
 
 
 def test_the_kind_of_a_mistake_stays():
-    with pytest.raises(TrainingError, match="lower --learning_rate"), in_flags(names()):
+    with pytest.raises(TrainingError, match="lower --learning_rate"), in_flags(names({"adapter": "notes"})):
         raise TrainingError("lower learning_rate")

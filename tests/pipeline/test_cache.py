@@ -332,6 +332,27 @@ class TestPlace:
         assert (source / "config").read_bytes() == b"{}"
         assert (tmp_path / "final" / "weights").stat().st_ino == (source / "weights").stat().st_ino
 
+    def test_what_is_there_already_is_left_alone_and_what_was_changed_comes_back(self, tmp_path):
+        source = self.fill(tmp_path / "cache", note=b"{}", config=b"{}", weights=b"\0" * LINKED_FROM)
+        target, told = tmp_path / "final", {"note": {"made": "here"}}
+        place(source, target, told)
+        first = outputs(target), target.stat().st_ino
+        assert json.loads((target / "note").read_text()) == told["note"]
+        assert (source / "note").read_bytes() == b"{}"
+        place(source, target, told)
+        assert (outputs(target), target.stat().st_ino) == first
+        for change in (
+            lambda: (target / "config").write_text("edited"),
+            lambda: (target / "note").write_bytes(b"\xff"),
+            lambda: (target / "weights").unlink(),
+            lambda: (target / "more").write_text("added"),
+        ):
+            change()
+            place(source, target, told)
+            assert outputs(target) == first[0]
+        place(source, target, {"note": {"made": "elsewhere"}})
+        assert json.loads((target / "note").read_text()) == {"made": "elsewhere"}
+
     def test_leftovers_of_a_kill_are_removed(self, tmp_path):
         source = self.fill(tmp_path / "cache", a=b"1")
         self.fill(tmp_path / "final" / ".adapter.partial", half=b"")

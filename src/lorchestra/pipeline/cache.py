@@ -8,6 +8,7 @@ rest of an unfinished directory is cleared before the step is tried again.
 from __future__ import annotations
 
 import errno
+import filecmp
 import hashlib
 import json
 import os
@@ -208,33 +209,59 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON so that ``path`` holds all of it or what it held before."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, ensure_ascii=False)
+        stream.write(_json(value))
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, path)
 
 
-def place(source: Path, target: Path) -> None:
-    """Put a copy of ``source`` at ``target``, in place of what is there.
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
 
-    Weights are hard links where the file system allows; small files, which people edit, are copies. A kill leaves
-    hidden siblings at most, never half a directory under the name; the next call removes them.
+
+def place(source: Path, target: Path, told: Mapping[str, Any] | None = None) -> None:
+    """Put a copy of ``source`` at ``target``, in place of what is there; what is there and equal stays untouched.
+
+    Weights are hard links where the file system allows; small files, which people edit, are copies. ``told``: name of
+    a JSON file → what it says at ``target``, where that differs from the source's. A kill leaves hidden siblings at
+    most, never half a directory under the name; the next call removes them.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial, old = _hidden(target, "partial"), _hidden(target, "old")
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
+    rewritten = {Path(name): value for name, value in (told or {}).items()}
+    if _is_placed(source, target, rewritten):
+        return
     partial.mkdir()
     for path in sorted(source.rglob("*")):  # parents come before what is in them
-        copy = partial / path.relative_to(source)
+        name = path.relative_to(source)
         if path.is_dir():
-            copy.mkdir()
+            (partial / name).mkdir()
+        elif name in rewritten:
+            write_json(partial / name, rewritten[name])
         else:
-            _link_or_copy(path, copy)
+            _link_or_copy(path, partial / name)
     if target.exists():
         target.rename(old)
     partial.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_placed(source: Path, target: Path, rewritten: Mapping[Path, Any]) -> bool:
+    names = {path.relative_to(source) for path in source.rglob("*")}
+    if names != {path.relative_to(target) for path in target.rglob("*")}:
+        return False
+    files = [name for name in sorted(names) if (source / name).is_file()]
+    return all(
+        (target / name).is_file()
+        and (
+            (target / name).read_bytes() == _json(rewritten[name]).encode()
+            if name in rewritten
+            else (target / name).samefile(source / name) or filecmp.cmp(source / name, target / name, shallow=False)
+        )
+        for name in files
+    )
 
 
 def discard(target: Path) -> None:

@@ -16,7 +16,7 @@ from lorchestra.evaluate.parity import merged_parity
 from lorchestra.events import Reporter
 from lorchestra.fusion.methods import compress, linear
 from lorchestra.fusion.stream import MergeReport, merge
-from lorchestra.pipeline.cache import SCRATCH, Step, StepCache, place, step_digest, write_json
+from lorchestra.pipeline.cache import SCRATCH, Step, StepCache, place, step_digest
 from lorchestra.pipeline.choosing import Chosen
 from lorchestra.pipeline.prepare import Prepared
 
@@ -101,10 +101,8 @@ def merge_step(prepared: Prepared, fused: Adapter, cache: StepCache, reporter: R
 
 def place_with_lineage(source: Path, target: Path, lineage: Lineage) -> None:
     """Put a step's adapter or model at ``target``, with the lineage of this run: another recipe may have made it."""
-    place(source, target)
-    note = target / "lorchestra.json"
-    told = json.loads(note.read_text(encoding="utf-8"))
-    write_json(note, told | {"lineage": asdict(lineage)})
+    note = json.loads((source / "lorchestra.json").read_text(encoding="utf-8"))
+    place(source, target, {"lorchestra.json": note | {"lineage": asdict(lineage)}})
 
 
 def _prompts(prepared: Prepared) -> list[tuple[int, ...]]:
