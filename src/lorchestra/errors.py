@@ -47,6 +47,28 @@ class TrainingError(LorchestraError):
     """A stage whose laws do not hold: a frozen tensor changed, a loss is not finite."""
 
 
+class DivergedError(TrainingError):
+    """A loss or gradient that is not finite at ``step``."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class PausedError(LorchestraError):
+    """A stage that was asked to pause has done so: its checkpoint is kept, and training again goes on from there.
+
+    Args:
+        step: the last step that is done.
+        steps: of the whole.
+        loss: the last validation loss, if there is one.
+    """
+
+    def __init__(self, step: int, steps: int, loss: float | None) -> None:
+        super().__init__(f"paused after step {step} of {steps}")
+        self.step, self.steps, self.loss = step, steps, loss
+
+
 class StorageError(LorchestraError):
     """The disk is full, a directory cannot be written, a stored step does not match its digest."""
 

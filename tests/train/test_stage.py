@@ -11,7 +11,7 @@ from tests.conftest import make_tiny_model
 from tests.train.conftest import BASE, KillAfter, KilledError, adapter_for, inputs, pairs, run, sft_items
 
 from lorchestra.bank import Bank
-from lorchestra.errors import TrainingError, UserError
+from lorchestra.errors import PausedError, TrainingError, UserError
 from lorchestra.events import Silent
 from lorchestra.objective.batch import pack
 from lorchestra.objective.logprobs import branch_logprobs
@@ -258,3 +258,22 @@ class TestBadInput:
         train = TrainSettings(max_steps=2, batch_size=4, report_to=("tensorboard",))
         with pytest.raises(UserError, match="tensorboard is not installed here; `pip install tensorboard`"):
             run(tiny_model, tmp_path, inputs(train=train))
+
+
+class TestPause:
+    def test_a_pause_is_at_a_validation_and_training_goes_on_as_if_there_had_been_none(self, tiny_model, tmp_path):
+        given = inputs()
+        whole = run(tiny_model, tmp_path, given, "whole")
+        with pytest.raises(PausedError) as paused:
+            run(tiny_model, tmp_path, given, "parts", pause=0.3)
+        assert (paused.value.step, paused.value.steps) == (6, 12)  # an epoch is six steps, and validated after
+        assert paused.value.loss == whole.progress.validation[1]["loss"]
+        with pytest.raises(PausedError):  # where it stands already
+            run(tiny_model, tmp_path, given, "parts", pause=0.3)
+        result = run(tiny_model, tmp_path, given, "parts", pause=1.0)
+        assert result.adapter.digest == whole.adapter.digest
+        assert result.progress.validation == whole.progress.validation
+
+    def test_a_pause_that_is_never_due(self, tiny_model, tmp_path):
+        result = run(tiny_model, tmp_path, inputs(validation=()), pause=0.5)
+        assert result.progress.step == 12

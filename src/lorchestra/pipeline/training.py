@@ -82,7 +82,6 @@ def mixed_inputs(prepared: Prepared, tokens: int) -> StageInputs:
             "parameters as they have together; give them the same, or leave the baseline out"
         )
     rank = sum(recipe.lora_of(stage).rank for stage in recipe.stages)
-    alpha = {"lora": lora.scale * rank, "rslora": lora.scale * math.sqrt(rank), "constant": lora.scale}[lora.scaling]
     items: list[Rendered] = []
     validation: list[Rendered] = []
     for stage in recipe.stages:
@@ -96,7 +95,7 @@ def mixed_inputs(prepared: Prepared, tokens: int) -> StageInputs:
     return StageInputs(
         name="mixed",
         objective=Objective(),
-        lora=lora.model_copy(update={"rank": rank, "alpha": alpha}),
+        lora=lora.at_rank(rank),
         train=train.model_copy(update=settings),
         items=items,
         validation=validation,
@@ -218,14 +217,20 @@ def train(
     digest: str,
     reporter: Reporter,
     logs: Path,
+    pause: float | None = None,
 ) -> Trained:
-    """Train, or go on, or find it done."""
+    """Train, or go on, or find it done.
+
+    Raises:
+        PausedError: at the first validation after the share ``pause`` of the steps; training again goes on from there.
+    """
 
     def make(work: Path) -> dict[str, Any]:
         loaded = base.load()
         result = train_stage(
-            loaded.model, prepared.base, loaded.pad_id, inputs, work / SCRATCH, reporter=reporter, log_directory=logs
-        )
+            loaded.model, prepared.base, loaded.pad_id, inputs, work / SCRATCH,
+            reporter=reporter, log_directory=logs, pause=pause,
+        )  # fmt: skip
         result.adapter.save(work / "adapter")
         training = {
             **asdict(result.progress),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lorchestra.bank import Bank, TrainableMember
-from lorchestra.errors import Interrupted, TrainingError, UserError
+from lorchestra.errors import DivergedError, Interrupted, PausedError, UserError
 from lorchestra.events import Reporter, Task
 from lorchestra.train.checkpoint import Checkpoints, Progress
 from lorchestra.train.context import final_weights, progress_at, weights_at
@@ -41,6 +41,7 @@ class Loop:
         directory: where checkpoints live until the stage is finished.
         reporter: progress and events.
         log_directory: where trackers write.
+        pause: stop at the first validation after this share of the steps, to go on another time.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Loop:
         directory: Path,
         reporter: Reporter,
         log_directory: Path | None = None,
+        pause: float | None = None,
     ) -> None:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
@@ -78,6 +80,7 @@ class Loop:
             project_dir=str(log_directory) if log_directory else None,
         )
         self.log_directory = log_directory
+        self.pause = pause
         optimizer = torch.optim.AdamW(
             member.parameters(),
             lr=settings.learning_rate,
@@ -98,8 +101,9 @@ class Loop:
         """Train to the end from the newest checkpoint; the member is left with the best validated factors.
 
         Raises:
-            TrainingError: the loss or a gradient is not finite.
+            DivergedError: the loss or a gradient is not finite.
             Interrupted: Ctrl-C; the last whole step is checkpointed.
+            PausedError: as asked; the last step is checkpointed.
         """
         progress = self.checkpoints.restore(self.accelerator)
         self._start_trackers()
@@ -114,6 +118,7 @@ class Loop:
                     if progress.step:
                         task.advance(progress.step)
                     while progress.step < self.plan.last and not progress.stopped:
+                        self._pause_if_due(progress)
                         self._advance(progress, task)
         except KeyboardInterrupt:
             raise Interrupted(self._stop(progress)) from None
@@ -149,6 +154,13 @@ class Loop:
                 task.advance(0, validation_loss=progress.validation[-1]["loss"])
         if validated or progress.step % self.settings.checkpoint_every == 0:
             self._save(progress)
+
+    def _pause_if_due(self, progress: Progress) -> None:
+        """Where a validation has just been made (and a checkpoint with it)."""
+        if self.pause is None or not progress.step or progress.step < self.pause * self.plan.last:
+            return
+        if progress.validation and progress.validation[-1]["step"] == progress.step:
+            raise PausedError(progress.step, self.plan.last, progress.validation[-1]["loss"])
 
     def _start_trackers(self) -> None:
         """One run of each tracker a stage, under the stage's name.
@@ -226,9 +238,10 @@ class Loop:
         # On a CPU accelerate has none, and nothing would.
         if self.accelerator.scaler is not None and math.isfinite(row["loss"]):
             return
-        raise TrainingError(
+        raise DivergedError(
             f"stage {self.name!r}: loss {row['loss']}, gradient norm {row['gradient_norm']} at step {row['step']}. "
-            f"Training diverged; lower learning_rate (now {self.settings.learning_rate:g}) or alpha"
+            f"Training diverged; lower learning_rate (now {self.settings.learning_rate:g}) or alpha",
+            row["step"],
         )
 
     def _validation_is_due(self, progress: Progress) -> bool:

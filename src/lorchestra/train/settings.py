@@ -49,6 +49,13 @@ class LoraSettings(Settings):
             return self.alpha
         return self.alpha / (self.rank if self.scaling == "lora" else math.sqrt(self.rank))
 
+    def at_rank(self, rank: int) -> LoraSettings:
+        """Another rank at the same scale."""
+        if rank == self.rank:
+            return self
+        alpha = {"lora": self.scale * rank, "rslora": self.scale * math.sqrt(rank), "constant": self.scale}
+        return self.model_copy(update={"rank": rank, "alpha": alpha[self.scaling]})
+
 
 class TrainSettings(Settings):
     """How a stage is trained. ``max_steps`` wins over ``epochs``; a step is one optimiser update."""

@@ -83,6 +83,7 @@ def train_stage(
     *,
     reporter: Reporter = SILENT,
     log_directory: Path | None = None,
+    pause: float | None = None,
 ) -> StageResult:
     """Train one new adapter on a frozen model beside its frozen context.
 
@@ -96,9 +97,11 @@ def train_stage(
             a CPU.
         reporter: progress and events.
         log_directory: where trackers (``report_to``) write.
+        pause: stop at the first validation after this share of the steps; the same call without it goes on.
 
     Raises:
         UserError: no training items, or a tracker that is not installed.
+        PausedError: as asked; what is done is checkpointed in ``directory``.
         TrainingError: a law does not hold (frozen tensors changed, the preference law), or training diverged.
     """
     if not inputs.items:
@@ -138,7 +141,7 @@ def train_stage(
         with _checkpointing(model, inputs.train.gradient_checkpointing):
             loop = Loop(
                 bank, inputs.name, member, objective, plan, inputs.train, inputs.lora.orthogonality,
-                schedules, bases, directory, reporter, log_directory,
+                schedules, bases, directory, reporter, log_directory, pause,
             )  # fmt: skip
             progress = loop.run()
         bank.check()
