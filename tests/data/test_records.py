@@ -53,6 +53,21 @@ def test_every_spelling_of_the_same_rows(tmp_path: Path, name: str, content: str
     assert [dict(record.values) for record in records] == ROWS
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "发热三天。\n\n \u3000\n  fever\u2028today\n"),
+        ("a.txt", codecs.BOM_UTF8 + "发热三天。\r\n\r\n\r\nfever\u2028today".encode()),
+        ("a.txt", "发热三天。\n\n\nfever\u2028today\n".encode("utf-16")),
+        ("a.txt.gz", gzip.compress("发热三天。\n\n\nfever\u2028today\n".encode())),
+    ],
+)
+def test_a_text_file_has_one_row_a_line(tmp_path: Path, name: str, content: str | bytes) -> None:
+    records = list(read_records(write(tmp_path / name, content)))
+    assert [dict(record.values) for record in records] == [{"text": "发热三天。"}, {"text": "fever\u2028today"}]
+    assert [record.origin for record in records] == [f"{name}:1", f"{name}:4"]
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_parquet(tmp_path: Path, packed: bool) -> None:
     import pyarrow
@@ -116,6 +131,7 @@ def test_long_csv_fields_are_read(tmp_path: Path) -> None:
         ("a.jsonl.gz", JSONL, r"not a whole gzip file"),
         ("a.jsonl.gz", gzip.compress(JSONL.encode())[:-12], r"not a whole gzip file"),
         ("a.parquet", "text", r"a\.parquet is not a Parquet file"),
+        ("a.txt", "发热\n".encode("gb18030"), r"a\.txt:1: not UTF-8 .*GB18030"),
         ("a.docx", "text", r"suffix '\.docx' is not known.*\.jsonl"),
         ("a", "text", r"'\(none\)'|\(none\)"),
     ],

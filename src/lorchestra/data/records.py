@@ -31,8 +31,8 @@ class Record:
 
 
 def read_records(path: Path, name: str | None = None) -> Iterator[Record]:
-    """The rows of a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, or of a data set directory
-    (called ``name`` in origins and messages; a hub's directory has no telling name of its own).
+    """The rows of a ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet`` or ``.txt`` file, or of a data set
+    directory (called ``name`` in origins and messages; a hub's directory has no telling name of its own).
 
     A trailing ``.gz`` is unpacked on the way. Text is UTF-8, with or without a byte order mark, or UTF-16 with one.
 
@@ -115,6 +115,13 @@ def _jsonl(path: Path) -> Iterator[Record]:
                 "Expected one whole JSON object on each line; mend or remove this line."
             ) from error
         yield _object(value, f"{path.name}:{number}")
+
+
+def _text(path: Path) -> Iterator[Record]:
+    """One row a line, in the column ``text``; lines of white space are none."""
+    for number, line in _lines(path):
+        if text := line.strip():
+            yield Record(f"{path.name}:{number}", {"text": text})
 
 
 def _json(path: Path) -> Iterator[Record]:
@@ -213,6 +220,7 @@ READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".csv": _csv,
     ".tsv": _csv,
     ".parquet": _parquet,
+    ".txt": _text,
 }
 
 
