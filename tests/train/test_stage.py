@@ -91,6 +91,7 @@ def test_a_changed_base_is_noticed(tiny_model, tmp_path, monkeypatch):
 
     with pytest.raises(TrainingError, match="changed a tensor of the frozen base"):
         run(tiny_model, tmp_path, inputs(), reporter=Meddler())
+    assert not (tmp_path / "work").exists(), "the next run goes on from no checkpoint of this one"
 
 
 def test_a_changed_context_is_noticed(tiny_model, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from lorchestra.base.fingerprint import fingerprint
 from lorchestra.base.home import home
 from lorchestra.base.locate import file_sha256, locate
 from lorchestra.base.lock import locked
+from lorchestra.base.nf4 import NF4, keep_as_packed, refuse_quantised, require_bitsandbytes, settings
 from lorchestra.base.reading import absent, read_json, reading
 from lorchestra.errors import NotHereError, SourceError, UserError
 from lorchestra.events import SILENT, Reporter
@@ -25,8 +26,39 @@ CONVERSION = 1
 
 
 @dataclass(frozen=True)
+class NumberFormat:
+    """How a base is held.
+
+    Args:
+        dtype: of what is computed, and of every weight that is not quantised.
+        quantised: ``nf4`` where the weights of linear modules are held in 4 bits; else empty.
+    """
+
+    dtype: torch.dtype
+    quantised: str = ""
+
+    @property
+    def plain(self) -> NumberFormat:
+        """Not quantised: how adapters are merged and served."""
+        return replace(self, quantised="")
+
+    @property
+    def name(self) -> str:
+        """``bfloat16``, or ``nf4 (bfloat16)``."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.quantised} ({dtype})" if self.quantised else dtype
+
+    def __str__(self) -> str:
+        """As the digests of steps have it: ``torch.bfloat16``, or ``nf4 (torch.bfloat16)``."""
+        return f"{self.quantised} ({self.dtype})" if self.quantised else str(self.dtype)
+
+
+@dataclass(frozen=True)
 class Base:
-    """A loaded base: ``model`` in eval mode with nothing trainable, its ``tokenizer``, where they are and what."""
+    """A loaded base: ``model`` in eval mode with nothing trainable, its ``tokenizer``, where they are and what.
+
+    ``dtype`` is what it computes in; ``quantised`` is ``nf4`` or empty.
+    """
 
     directory: Path
     id: BaseId
@@ -34,6 +66,7 @@ class Base:
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype
+    quantised: str = ""
 
     @property
     def pad_id(self) -> int:
@@ -102,13 +135,25 @@ def choose_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name != "auto":
         if name not in named:
-            raise UserError(f"dtype {name!r} is unknown; there are auto, {', '.join(named)}")
+            raise UserError(f"dtype {name!r} is unknown; there are auto, {', '.join(named)}, {NF4}")
         return named[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu" and _cpu_multiplies_bfloat16():
         return torch.bfloat16
     return torch.float32
+
+
+def choose_format(device: torch.device, name: str = "auto") -> NumberFormat:
+    """How a base is held: ``name`` is a dtype (see :func:`choose_dtype`), or ``nf4``, which computes in ``auto``'s.
+
+    Raises:
+        UserError: an unknown name, or nf4 without bitsandbytes.
+    """
+    if name == NF4:
+        require_bitsandbytes()
+        return NumberFormat(choose_dtype(device), NF4)
+    return NumberFormat(choose_dtype(device, name))
 
 
 def load_base(
@@ -120,39 +165,46 @@ def load_base(
         directory: from :func:`prepare_base`.
         name: what the base is called in lineages (its source, so that it can be found again).
         device: see :func:`choose_device`.
-        dtype: see :func:`choose_dtype`.
+        dtype: see :func:`choose_format`.
         reporter: progress.
 
     Raises:
-        SourceError: transformers cannot load it.
+        SourceError: transformers cannot load it, or it is quantised already and nf4 was asked for.
         UserError: device or dtype.
     """
     where = choose_device(device)
-    kind = choose_dtype(where, dtype)
+    kind = choose_format(where, dtype)
+    if kind.quantised:
+        refuse_quantised(directory)
     identity = fingerprint(directory, name or source_name(directory), reporter)
     with reporter.task(f"load {Path(identity.name).name}"):
-        model, tokenizer = _loaded(directory, kind)
-        model.to(where).eval().requires_grad_(False)
+        model, tokenizer = _loaded(directory, kind, where)
+        model.eval().requires_grad_(False)
     if model.get_output_embeddings() is None:
         raise SourceError(f"{directory} is a {type(model).__name__} without an output embedding; not a language model")
-    return Base(directory, identity, model, tokenizer, where, kind)
+    return Base(directory, identity, model, tokenizer, where, kind.dtype, kind.quantised)
 
 
-def _loaded(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Model and tokenizer as transformers reads them."""
+def _loaded(directory: Path, kind: NumberFormat, device: torch.device) -> tuple[Any, Any]:
+    """Model on ``device`` and tokenizer as transformers reads them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    # Packed on the device, weight by weight: the plain model need not fit there.
+    how = {"quantization_config": settings(kind.dtype), "device_map": {"": device}} if kind.quantised else {}
     try:
         # Said outright, else transformers asks at the terminal whether to run the Python that a model brings along.
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            directory, dtype=kind.dtype, use_safetensors=True, trust_remote_code=False, **how
         )
     except Exception as error:  # a foreign directory: the Rust tokenizers raise bare Exceptions, transformers anything
         raise SourceError(f"{directory} cannot be loaded as a causal language model: {error}") from error
-    return model, tokenizer
+    if kind.quantised:
+        keep_as_packed(model)
+        return model, tokenizer
+    return model.to(device), tokenizer
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -170,6 +170,8 @@ def _origin(lineage: Lineage, scale: float | None) -> list[str]:
                 f"  trained at scale {scale:.4g}, which is folded into B: on disk, and for every engine, it is 1"
             )
         out += [f"  on {source}" for source in lineage.data]
+        if held := lineage.settings.get("base_quantised"):
+            out.append(f"  the base was held in {held} meanwhile")
         if lineage.context:
             out.append(f"  beside {_sum(lineage.context)}")
         return out

@@ -14,7 +14,7 @@ import psutil
 import typer
 
 from lorchestra.cli import completion
-from lorchestra.cli.options import DTYPES, Device, Json, Weighted, number, weighted
+from lorchestra.cli.options import PLAIN_DTYPES, Device, Json, Weighted, number, weighted
 from lorchestra.errors import TrainingError, UserError, counted
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ DtypeOut = Annotated[
     typer.Option(
         "--dtype",
         help="Of the output: auto (the base's), float32, bfloat16, float16.",
-        autocompletion=completion.among(*DTYPES),
+        autocompletion=completion.among(*PLAIN_DTYPES),
     ),
 ]
 Out = Annotated[Path, typer.Option("--output_dir", "-o", metavar="DIR", help="A new directory for the merged model.")]
@@ -167,8 +167,8 @@ def _merge(base: str, members: list[Weighted], out: Path, asked: Asked, as_json:
     from lorchestra.cli.progress import make_reporter
     from lorchestra.fusion.methods import linear
 
-    if asked.dtype not in DTYPES:
-        raise UserError(f"--dtype {asked.dtype!r} is unknown; there are {', '.join(DTYPES)}")
+    if asked.dtype not in PLAIN_DTYPES:
+        raise UserError(f"--dtype {asked.dtype!r} is unknown; there are {', '.join(PLAIN_DTYPES)}")
     choose_device(asked.device)
     reporter = make_reporter()
     adapters, weights = load_adapters(members, reporter)

@@ -13,14 +13,16 @@ import typer
 from lorchestra.cli.completion import adapters, among
 from lorchestra.errors import UserError
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+PLAIN_DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = (*PLAIN_DTYPES, "nf4")
 FORMATS = ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "choice", "preference")
 
 Device = Annotated[
     str, typer.Option("--device", help="auto, cpu, cuda or mps.", autocompletion=among("auto", "cpu", "cuda", "mps"))
 ]
 Dtype = Annotated[
-    str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", autocompletion=among(*DTYPES))
+    str,
+    typer.Option("--dtype", help="auto, float32, bfloat16, float16, or nf4: 4 bits.", autocompletion=among(*DTYPES)),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Adapters = Annotated[

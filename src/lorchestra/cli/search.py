@@ -186,8 +186,9 @@ def search(
     fused, retained = fused_by(members, plan, delivered.weights, output_dir.resolve().name, rank)
     fused = replace(fused, base=identity)
     verified = verify(
-        lazy, members, found_data, betas, fused, delivered.weights, len(searched.candidates), rank, plan.goal, reporter
-    )
+        lazy.plain(), members, found_data, betas, fused, delivered.weights, len(searched.candidates), rank, plan.goal,
+        reporter,
+    )  # fmt: skip
     told = _told(output_dir, identity.name, members, plan, searched, selection, fused, retained, verified)
     fused.save(output_dir)
     _write(told, output_dir)

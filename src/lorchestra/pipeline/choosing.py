@@ -90,7 +90,7 @@ def settled(recipe: Recipe, members: Mapping[str, Adapter]) -> Chosen | None:
 
 
 def search_inputs(prepared: Prepared, members: Mapping[str, Adapter], dtype: str) -> SearchInputs:
-    """Everything that the outcome of a search depends on; ``dtype`` is the base's (``torch.float32``)."""
+    """Everything that the outcome of a search depends on; ``dtype`` is the base's (``torch.float32``, ``nf4 (…)``)."""
     recipe = prepared.recipe
     # The search works on the stages' own domains: extra domains are for the verdict alone.
     stages = {stage.name for stage in recipe.stages}

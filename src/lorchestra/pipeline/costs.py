@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lorchestra.data.render import Rendered
@@ -45,7 +45,7 @@ class Outlook:
         examples: part → count.
         steps: optimiser updates.
         trainable: numbers in the new adapter, exactly.
-        rank: of the new adapter.
+        rank: of the new adapter; ``None`` where the examples will settle it.
         scaling: how its scale is made.
         scale: s of ΔW = s·B·A.
         supervised: tokens of the training part that the loss counts.
@@ -56,9 +56,9 @@ class Outlook:
     examples: Mapping[str, int]
     steps: int | None
     trainable: int | None
-    rank: int
+    rank: int | None
     scaling: str
-    scale: float
+    scale: float | None
     supervised: int | None = None
     tokens: int | None = None
 
@@ -80,10 +80,13 @@ def outlook_of(recipe: Recipe, stage: Stage, model: Any | None, examples: Mappin
         model: of its base, with or without weights, if that is here.
         examples: part → count; empty if the data is not here.
     """
-    lora, train = recipe.lora_of(stage), recipe.train_of(stage)
+    lora, train, open_keys = recipe.lora_of(stage), recipe.train_of(stage), recipe.open_keys(stage)
     steps = train.max_steps
-    if "train" in examples:
+    if "train" in examples and "train.epochs" not in open_keys:
         steps = BatchPlan([0] * examples["train"], train, recipe.seeds.data, fixed=True).steps
+    if "lora.rank" in open_keys:
+        scale = lora.scale if "lora.alpha" in open_keys else None  # at another rank, α follows unless it is set
+        return Outlook(stage.task, examples, steps, None, None, lora.scaling, scale)
     numbers = None if model is None else trainable(model, lora)
     return Outlook(stage.task, examples, steps, numbers, lora.rank, lora.scaling, lora.scale)
 
@@ -141,9 +144,9 @@ class Costs:
 
     def merge(self) -> Cost:
         """Of the merged model: written, hashed, and loaded beside the base for the parity check."""
-        out = self.shape.parameters * _BYTES.get(self.recipe.deliver.dtype, self.shape.element)
-        memory = scoring_memory(self.shape, self._numbers(self.recipe.members), supervised=256, models=2)
-        return Cost((self.shape.bytes + 3 * out) / DISK, memory)
+        shape = self.shape.plain
+        memory = scoring_memory(shape, self._numbers(self.recipe.members), supervised=256, models=2)
+        return Cost((shape.bytes + 3 * self._delivered.bytes) / DISK, memory)
 
     def evaluate(self) -> Cost:
         """Of every model on the sealed test, and of the answers before and after."""
@@ -157,7 +160,15 @@ class Costs:
         if evaluate.samples:  # a token is made as fast as the weights can be read
             token = 2 * self.shape.bytes / self.machine.bandwidth + self.shape.modules * PASS
             seconds += 2 * evaluate.sample_tokens * token
-        return Cost(seconds, scoring_memory(self.shape, self._numbers(self.recipe.members), supervised))
+        # One after the other: the base itself, and what is delivered in its own number format.
+        larger = max(self.shape.plain, self._delivered, key=lambda shape: shape.bytes)
+        return Cost(seconds, scoring_memory(larger, self._numbers(self.recipe.members), supervised))
+
+    @property
+    def _delivered(self) -> Shape:
+        """Of the model that the verdict is about: merged, or the base."""
+        deliver, plain = self.recipe.deliver, self.shape.plain
+        return replace(plain, element=_BYTES.get(deliver.dtype, plain.element)) if deliver.merged else plain
 
     def basis(self) -> str:
         """How the estimates are made, in a sentence or two."""

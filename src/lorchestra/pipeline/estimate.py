@@ -7,10 +7,11 @@ weights, adapters with their optimiser, and activations.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lorchestra.base import nf4
 from lorchestra.errors import SourceError
 
 # Shares of the measured matrix-product rate that whole steps reach: short sequences, small adapters, norms and
@@ -37,6 +38,7 @@ class Shape:
         modules: linear modules in the body.
         widths: Σ (in + out features) of the linear modules: numbers kept per position for the backward pass.
         element: bytes of a number in the dtype it is loaded in.
+        packed: numbers of the linear modules, if they are held in 4 bits (nf4); else 0.
     """
 
     parameters: int
@@ -48,11 +50,17 @@ class Shape:
     modules: int
     widths: int
     element: int
+    packed: int = 0
 
     @property
     def bytes(self) -> int:
         """Of the loaded weights."""
-        return self.parameters * self.element
+        return (self.parameters - self.packed) * self.element + round(self.packed * nf4.BYTES)
+
+    @property
+    def plain(self) -> Shape:
+        """Not quantised."""
+        return replace(self, packed=0)
 
     def forward(self, tokens: float, supervised: float, length: float) -> float:
         """FLOP of scoring: ``tokens`` in sequences of ``length``, logits for ``supervised`` of them."""
@@ -95,8 +103,14 @@ def empty_model(directory: Path) -> Any:
         raise SourceError(f"{directory} cannot be loaded as a causal language model: {error}") from error
 
 
-def shape_of(model: Any, element: int) -> Shape:
-    """Count ``model`` (an :func:`empty_model` will do); ``element`` is the bytes of a number."""
+def shape_of(model: Any, element: int, quantised: bool = False) -> Shape:
+    """Count ``model`` (an :func:`empty_model` will do).
+
+    Args:
+        model: with or without weights.
+        element: bytes of a number in the dtype it is loaded in.
+        quantised: its linear modules will be held in 4 bits (nf4).
+    """
     from lorchestra.bank import linear_shape
 
     head = model.get_output_embeddings()
@@ -114,6 +128,7 @@ def shape_of(model: Any, element: int) -> Shape:
         modules=len(shapes),
         widths=sum(m + n for m, n in shapes),
         element=element,
+        packed=sum(m * n for m, n in shapes) if quantised else 0,
     )
 
 

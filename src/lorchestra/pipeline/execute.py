@@ -12,7 +12,7 @@ from typing import Any
 
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.base.home import home
-from lorchestra.base.load import choose_device, choose_dtype
+from lorchestra.base.load import choose_device, choose_format
 from lorchestra.events import SILENT, Reporter
 from lorchestra.pipeline.cache import Step, StepCache, discard, place, run_lock, storage, sweep, write_json
 from lorchestra.pipeline.choosing import Chosen, choose
@@ -103,7 +103,7 @@ class _Run:
 
     def go(self) -> RunResult:
         """Every step in order."""
-        choose_dtype(choose_device(self.recipe.device), self.recipe.dtype)  # a mistake there is told before any fetch
+        choose_format(choose_device(self.recipe.device), self.recipe.dtype)  # a mistake there is told before any fetch
         self.reporter.event("run", recipe=self.recipe.name, version=version("lorchestra"))
         prepared = prepare(self.recipe, self.reporter)
         if self.recipe.evaluate.mixed_baseline:
@@ -192,8 +192,8 @@ class _Run:
         """Train, or find it done; ``called`` is the step's name, if it is not the stage's."""
         name = called or inputs.name
         device = choose_device(self.recipe.device)
-        dtype = choose_dtype(device, self.recipe.dtype)
-        digest = stage_digest(prepared, inputs, device.type, str(dtype))
+        held = choose_format(device, self.recipe.dtype)
+        digest = stage_digest(prepared, inputs, device.type, str(held))
         cached = self.cache.lookup("stage", digest)
         if cached is not None:
             self.cache.verify(cached)
@@ -241,7 +241,7 @@ class _Run:
             "base": {
                 **asdict(prepared.base),
                 "device": str(device),
-                "dtype": str(choose_dtype(device, recipe.dtype)).removeprefix("torch."),
+                "dtype": choose_format(device, recipe.dtype).name,
             },
             "steps": self.steps,
             "stages": [self.trainings[stage.name] for stage in recipe.stages],

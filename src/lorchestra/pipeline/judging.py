@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ from lorchestra.pipeline.lazy import LazyBase
 from lorchestra.pipeline.prepare import Prepared
 
 VERSION = 2  # raise it when the same models would be scored otherwise
+QUANTISED = (
+    "The adapters were trained, and searched weights found, on the base in {}. They are delivered for the base itself, "
+    "and it is the base itself that every model here stands on."
+)
 
 
 @dataclass(frozen=True)
@@ -136,13 +140,15 @@ def evaluate_step(
         fused: the delivered adapter.
         merged: the step of the delivered model, if one was made; it is what the sealed test scores then, in its own
             number format.
-        base: the base; released before the delivered model is loaded.
+        base: the base; released before the delivered model is loaded. A quantised one is for training: everything is
+            scored on the base itself, which the adapter is delivered for.
         cache: of steps.
         reporter: progress.
         budget: what the mixed baseline and the stages were trained with, for the note on staging.
         refit: the delivered adapter is of members that were trained again; ``trained`` are those before.
     """
-    recipe = prepared.recipe
+    recipe, trained_on = prepared.recipe, base.dtype.quantised
+    base = base.plain()
     inputs = evaluate_inputs(prepared, trained, members, fused, str(base.dtype), chosen.weights if refit else None)
     if inputs is None:
         return None
@@ -171,6 +177,8 @@ def evaluate_step(
         candidates=tried,
         validation_items=int(chosen.search["validation_items"]) if chosen.search else 0,
     )
+    if trained_on:
+        verdict = replace(verdict, notes=(*verdict.notes, QUANTISED.format(trained_on)))
     ledger = [
         {"domain": name, "digest": domain.digest, "reads": Ledger.here().count(items[name], domain.digest)}
         for name, domain in domains.items()

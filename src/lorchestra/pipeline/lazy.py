@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
-from lorchestra.base.load import Base, choose_device, choose_dtype, load_base
+from lorchestra.base.load import Base, choose_device, choose_format, load_base
 from lorchestra.events import SILENT, Reporter
 
 
@@ -16,7 +16,7 @@ class LazyBase:
         directory: a Hugging Face directory.
         name: what the base is called in lineages.
         device: see :func:`choose_device`.
-        dtype: see :func:`choose_dtype`.
+        dtype: see :func:`choose_format`.
         reporter: progress of loading it.
     """
 
@@ -24,7 +24,7 @@ class LazyBase:
         self.directory = directory
         self.name = name
         self.device = choose_device(device)
-        self.dtype = choose_dtype(self.device, dtype)
+        self.dtype = choose_format(self.device, dtype)
         self._asked = device, dtype
         self._reporter = reporter
         self._loaded: Base | None = None
@@ -37,6 +37,13 @@ class LazyBase:
                 self.directory, name=self.name, device=device, dtype=dtype, reporter=self._reporter
             )
         return self._loaded
+
+    def plain(self) -> LazyBase:
+        """The base as adapters meet it once they are delivered: itself, or not quantised; this one is released then."""
+        if not self.dtype.quantised:
+            return self
+        self.release()
+        return LazyBase(self.directory, self.name, str(self.device), "auto", self._reporter)
 
     def release(self) -> None:
         """Give its memory back; the caller holds no other reference to the model."""

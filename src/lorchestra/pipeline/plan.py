@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.base.home import home
-from lorchestra.base.load import choose_device, choose_dtype, prepare_base
+from lorchestra.base.load import choose_device, choose_format, prepare_base
 from lorchestra.base.locate import NotHereError, locate
 from lorchestra.data.load import load_examples
 from lorchestra.data.split import split
@@ -131,7 +131,7 @@ class _Planner:
         self.recipe = recipe
         self.machine = machine
         self.device = choose_device(recipe.device)
-        self.dtype = choose_dtype(self.device, recipe.dtype)
+        self.format = choose_format(self.device, recipe.dtype)
         self.cache = StepCache(home() / "steps")
         self.steps: list[PlannedStep] = []
         self.trained: dict[str, Trained] = {}
@@ -146,7 +146,7 @@ class _Planner:
         directory = self._sources()
         if directory is not None:
             self.model = empty_model(directory)
-            self.shape = shape_of(self.model, self.dtype.itemsize)
+            self.shape = shape_of(self.model, self.format.dtype.itemsize, bool(self.format.quantised))
         self._data()
         adapters = self._stages()
         self._after(adapters)
@@ -180,7 +180,7 @@ class _Planner:
         self.prepared = prepare(self.recipe, SILENT, fetch=False)
         self._add(PlannedStep("data", "data", needs, "each run", seconds=time.perf_counter() - started))
         assert self.shape is not None  # the base is one of the sources
-        self.machine = self.machine or measure(self.device, self.dtype, self.shape)
+        self.machine = self.machine or measure(self.device, self.format.dtype, self.shape)
         self.costs = Costs(self.prepared, self.model, self.shape, self.machine)
 
     def _stages(self) -> dict[str, Adapter]:
@@ -231,7 +231,7 @@ class _Planner:
         if inputs is None:
             self._add(planned)
             return None
-        digest = stage_digest(prepared, inputs, self.device.type, str(self.dtype))
+        digest = stage_digest(prepared, inputs, self.device.type, str(self.format))
         planned = replace(planned, digest=digest)
         step = self.cache.lookup("stage", digest)
         if step is not None:
@@ -254,13 +254,13 @@ class _Planner:
 
     def _after(self, adapters: Mapping[str, Adapter]) -> None:
         """Search, fusion, merge and verdict."""
-        recipe, prepared, costs, dtype = self.recipe, self.prepared, self.costs, str(self.dtype)
+        recipe, prepared, costs, held = self.recipe, self.prepared, self.costs, self.format
         inside = tuple(name for name in recipe.members if name not in recipe.adapters)
         members = {name: adapters[name] for name in recipe.members if name in adapters}
         whole = len(members) == len(recipe.members)
         chosen = settled(recipe, members) if prepared and whole else None
         if recipe.fusion.weights == "search":
-            inputs = search_inputs(prepared, members, dtype) if prepared and whole else None
+            inputs = search_inputs(prepared, members, str(held)) if prepared and whole else None
             digest = inputs.digest if inputs else ""
             step = self._look("search", ("data", *inside), digest, costs.search() if costs else None)
             if step is not None and inputs is not None:
@@ -282,7 +282,7 @@ class _Planner:
         digest = ""
         if prepared and chosen and fused and {*recipe.adapters, *stages} <= adapters.keys():
             unrefit = chosen.weights if recipe.fusion.refit else None
-            judged = evaluate_inputs(prepared, adapters, members, fused, dtype, unrefit)
+            judged = evaluate_inputs(prepared, adapters, members, fused, str(held.plain), unrefit)
             digest = judged.digest if judged else ""
         last = "merge" if recipe.deliver.merged else "fuse"
         self._look("evaluate", ("data", *stages, last), digest, costs.evaluate() if costs else None)
@@ -344,13 +344,16 @@ class _Planner:
             replace(step, seconds=step.seconds * ratio) if step.kind == "stage" and step.seconds else step
             for step in self.steps
         ]
-        memory = max((step.memory for step in steps if step.memory and step.state != "cached"), default=None)
+        counted = [step for step in steps if step.memory and step.state != "cached"]
+        if self.device.type != "cpu":  # the device's own memory: fusion and merge work in the machine's
+            counted = [step for step in counted if step.kind not in ("fuse", "merge")]
+        memory = max((step.memory for step in counted if step.memory), default=None)
         return Plan(
             recipe=self.recipe.name,
             base=self.recipe.base,
             parameters=self.shape.parameters if self.shape else None,
             device=str(self.device),
-            dtype=str(self.dtype).removeprefix("torch."),
+            dtype=self.format.name,
             steps=tuple(steps),
             machine=self.machine if self.costs else None,
             seconds=sum(step.seconds or 0.0 for step in steps) if self.costs else None,

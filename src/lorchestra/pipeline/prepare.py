@@ -19,6 +19,7 @@ from lorchestra.bank import Bank
 from lorchestra.base.fingerprint import config_digest, fingerprint
 from lorchestra.base.load import load_tokenizer, prepare_base
 from lorchestra.base.locate import SourceLock, locate, parse_source
+from lorchestra.base.nf4 import NF4, refuse_quantised
 from lorchestra.data.check import Check, StageData, check_data
 from lorchestra.data.load import load_examples
 from lorchestra.data.render import Rendered, Renderer
@@ -79,6 +80,8 @@ def prepare(recipe: Recipe, reporter: Reporter = SILENT, fetch: bool = True) -> 
     where = recipe.directory
     source = expand(recipe.base)
     directory = prepare_base(source, relative_to=where, reporter=reporter, fetch=fetch)
+    if recipe.dtype == NF4:
+        refuse_quantised(directory)
     path = where / Path(source).expanduser()
     # Adapters record it, to find their base again; as it was written, where the environment has a part in it.
     name = str(path.resolve()) if path.exists() and source == recipe.base else recipe.base

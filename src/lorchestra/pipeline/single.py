@@ -10,7 +10,7 @@ from typing import Any
 
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.base.home import home
-from lorchestra.base.load import choose_device, choose_dtype
+from lorchestra.base.load import choose_device, choose_format
 from lorchestra.data.check import EmptyPartError
 from lorchestra.errors import UserError
 from lorchestra.events import SILENT, Reporter
@@ -74,13 +74,13 @@ def tune(
     """
     check_place(out)
     device = choose_device(recipe.device)
-    dtype = choose_dtype(device, recipe.dtype)
+    held = choose_format(device, recipe.dtype)
     stage = recipe.stages[0]
     prepared = _prepared(recipe, validation_optional, reporter)
     for line in data_lines(prepared):
         reporter.say(line)
     inputs = stage_inputs(prepared, stage, context_of(recipe, stage, prepared.adapters))
-    digest = stage_digest(prepared, inputs, device.type, str(dtype))
+    digest = stage_digest(prepared, inputs, device.type, str(held))
     cache = StepCache(home() / "steps")
     step = cache.lookup("stage", digest)
     if step is not None:

@@ -12,6 +12,7 @@ from typing import Any
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.digest import json_digest
 from lorchestra.adapter.lineage import BaseId
+from lorchestra.base.nf4 import NF4
 from lorchestra.data.render import Rendered
 from lorchestra.errors import UserError
 from lorchestra.events import Reporter
@@ -51,6 +52,7 @@ def stage_inputs(prepared: Prepared, stage: Stage, context: Mapping[str, tuple[A
         data_seed=recipe.seeds.data,
         data={found.source: found.digest for found in data.loaded},
         salt=salt_of(items, [adapter for adapter, _ in context.values()]),
+        quantised=quantised(recipe),
     )
 
 
@@ -60,6 +62,11 @@ def salt_of(items: Sequence[Rendered], context: Sequence[Adapter] = ()) -> str:
     So a stage that is renamed, moved or taken into another recipe is the same step.
     """
     return json_digest([rendered_digest(items), [adapter.digest for adapter in context]])
+
+
+def quantised(recipe: Recipe) -> str:
+    """``nf4`` where the base is held so while stages train; else empty."""
+    return NF4 if recipe.dtype == NF4 else ""
 
 
 def mixed_inputs(prepared: Prepared, tokens: int) -> StageInputs:
@@ -104,6 +111,7 @@ def mixed_inputs(prepared: Prepared, tokens: int) -> StageInputs:
         data_seed=recipe.seeds.data,
         data={found.source: found.digest for stage in recipe.stages for found in prepared.data[stage.name].loaded},
         salt=salt_of(items),
+        quantised=quantised(recipe),
     )
 
 

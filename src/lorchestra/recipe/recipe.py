@@ -35,7 +35,7 @@ class Recipe(Settings):
     base: str
     seeds: Seeds = Seeds()
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "nf4"] = "auto"
     max_length: Annotated[int, Field(ge=8)] = 512
     supervise: Literal["assistant", "last"] = "assistant"
     split: Split = Split()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.digest import adapter_digest, tensor_bytes
 from lorchestra.adapter.lineage import BaseId, Lineage, Parent
 from lorchestra.bank import Bank
+from lorchestra.base.nf4 import scales
 from lorchestra.data.render import Rendered
-from lorchestra.errors import TrainingError, UserError
+from lorchestra.errors import DivergedError, TrainingError, UserError
 from lorchestra.events import SILENT, Reporter
 from lorchestra.train.checkpoint import Progress
 from lorchestra.train.context import final_weights, first_weights
@@ -46,6 +48,7 @@ class StageInputs:
         data: name → digest of the data, for the lineage.
         salt: what A is drawn by beside ``init_seed``, so that stages start apart; empty: the name.
         stop: end after this step, with the schedules of the whole; ``None``: go to the end.
+        quantised: how the base is held while this trains (``nf4``), for the lineage; empty: plain.
     """
 
     name: str
@@ -60,6 +63,7 @@ class StageInputs:
     data: Mapping[str, str] | None = None
     salt: str = ""
     stop: int | None = None
+    quantised: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,20 +142,22 @@ def train_stage(
             if inputs.lora.orthogonality.mode == "projection":
                 leave_context(member, bases)
         torch.manual_seed(inputs.data_seed)
-        with _checkpointing(model, inputs.train.gradient_checkpointing):
-            loop = Loop(
-                bank, inputs.name, member, objective, plan, inputs.train, inputs.lora.orthogonality,
-                schedules, bases, directory, reporter, log_directory, pause,
-            )  # fmt: skip
-            progress = loop.run()
-        bank.check()
-        if _context_digest(bank, inputs) != context_before:
-            raise TrainingError(f"stage {inputs.name!r} changed its frozen context; its adapter is not kept")
+        with _nothing_kept(directory):
+            with _checkpointing(model, inputs.train.gradient_checkpointing):
+                loop = Loop(
+                    bank, inputs.name, member, objective, plan, inputs.train, inputs.lora.orthogonality,
+                    schedules, bases, directory, reporter, log_directory, pause,
+                )  # fmt: skip
+                progress = loop.run()
+            bank.check()
+            if _context_digest(bank, inputs) != context_before:
+                raise TrainingError(f"stage {inputs.name!r} changed its frozen context; its adapter is not kept")
         modules = member.folded()
     finally:
         bank.unmount()
-    if frozen_digest(model, reporter, "compare the frozen base") != before:
-        raise TrainingError(f"stage {inputs.name!r} changed a tensor of the frozen base; its adapter is not kept")
+    with _nothing_kept(directory):
+        if frozen_digest(model, reporter, "compare the frozen base") != before:
+            raise TrainingError(f"stage {inputs.name!r} changed a tensor of the frozen base; its adapter is not kept")
     lineage = stage_lineage(inputs, progress.best_loss, progress.best_step)
     adapter = Adapter(modules, base, lineage, _transposed(model, modules))
     trainable = sum(p.numel() for p in member.parameters())
@@ -159,9 +165,12 @@ def train_stage(
 
 
 def frozen_digest(model: nn.Module, reporter: Reporter = SILENT, task: str = "digest of the base") -> str:
-    """SHA-256 over every parameter and buffer of ``model``, by name; ``task`` is what the progress is called."""
+    """SHA-256 over every parameter, buffer and scale of a packed weight of ``model``, by name.
+
+    ``task`` is what the progress is called.
+    """
     sha = hashlib.sha256()
-    tensors = sorted((*model.named_parameters(), *model.named_buffers()))
+    tensors = sorted((*model.named_parameters(), *model.named_buffers(), *scales(model)))
     with reporter.task(task, sum(tensor.nbytes for _, tensor in tensors), "B") as progress:
         for name, tensor in tensors:
             sha.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
@@ -202,6 +211,8 @@ def stage_lineage(inputs: StageInputs, best_loss: float | None, best_step: int |
     }
     if inputs.stop is not None:
         settings["stop"] = inputs.stop
+    if inputs.quantised:
+        settings["base_quantised"] = inputs.quantised
     return Lineage(
         made_by="stage",
         name=inputs.name,
@@ -221,7 +232,22 @@ def _tools() -> dict[str, str]:
 
 
 def _transposed(model: nn.Module, modules: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset(path for path in modules if type(model.get_submodule(path)).__name__ == "Conv1D")
+    """Modules that the base stores transposed; transformers notes what a packed module was made from."""
+    found = {path: model.get_submodule(path) for path in modules}
+    kinds = {path: getattr(module, "source_cls", type(module)) for path, module in found.items()}
+    return frozenset(path for path, kind in kinds.items() if kind.__name__ == "Conv1D")
+
+
+@contextmanager
+def _nothing_kept(directory: Path) -> Iterator[None]:
+    """If a law is broken inside, checkpoints go too: from them the next run would deliver what this one refused."""
+    try:
+        yield
+    except DivergedError:
+        raise
+    except TrainingError:
+        shutil.rmtree(directory)
+        raise
 
 
 @contextmanager
