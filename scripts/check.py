@@ -1,6 +1,7 @@
 """Check everything: style, types, import directions, tests. ``python scripts/check.py [quick]``.
 
-``quick`` leaves out the tests marked ``slow`` and ``real``; those marked ``gpu`` are for ``pytest -m gpu``. Stops at the first check that fails.
+``quick`` leaves out the tests marked ``slow`` and ``real``; those marked ``gpu`` are for ``pytest -m gpu``. Stops at
+the first check that fails.
 """
 
 from __future__ import annotations
