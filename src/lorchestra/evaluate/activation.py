@@ -63,7 +63,7 @@ def activation_norms(
             x = x[reading[0].row, reading[0].column]
             for name, (A, gram) in updates[path].items():
                 z = x.float() @ A.T if x.is_floating_point() else A.T[x]  # an embedding looks its column up
-                sums[path][name] += float((z @ gram * z).sum(dtype=torch.float64))
+                sums[path][name] += float((z @ gram * z).sum(dim=1).cpu().sum(dtype=torch.float64))  # MPS has none
 
         return hook
 

@@ -78,6 +78,7 @@ class Loop:
             mixed_precision="fp16" if reference.dtype == torch.float16 else "no",
             log_with=list(settings.report_to) or None,
             project_dir=str(log_directory) if log_directory else None,
+            device_placement=False,  # the member is where the base is; accelerate would choose its own, say cuda:0
         )
         self.log_directory = log_directory
         self.pause = pause

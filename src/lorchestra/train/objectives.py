@@ -112,7 +112,7 @@ class SftObjective:
         with reporter.task("validation", len(held_out), "batch") as task:
             for indices in held_out:
                 packed = self.layout.pack([self.validation[i] for i in indices])
-                loss -= float(branch_logprobs(self.model, packed).sums.double().sum())
+                loss -= float(branch_logprobs(self.model, packed).sums.cpu().double().sum())  # MPS has no float64
                 tokens += packed.supervised
                 task.advance(loss=loss / max(tokens, 1))
         return loss / max(tokens, 1)
@@ -167,7 +167,7 @@ class PreferenceObjective:
                 batch = self.layout.pack([self.validation[i] for i in indices])
                 reference = self.validation_reference[indices].reshape(-1).to(self.layout.device)
                 terms = preference_terms(branch_logprobs(self.model, batch), reference, **self._loss())
-                loss += float(terms.loss.double().sum())
+                loss += float(terms.loss.cpu().double().sum())
                 pairs += len(indices)
                 task.advance(loss=loss / pairs)
         return loss / len(self.validation)
