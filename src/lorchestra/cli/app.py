@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from lorchestra.cli import chat, diagnose, doctor, evaluate, export, finetune, fuse, init, inspect, merge, run, search
+from lorchestra.cli import (
+    chat,
+    diagnose,
+    doctor,
+    evaluate,
+    export,
+    finetune,
+    fuse,
+    init,
+    inspect,
+    merge,
+    run,
+    search,
+    sweep,
+)
 from lorchestra.cli.options import either_dash
 from lorchestra.cli.verbs import Verb, Verbs
 
@@ -48,6 +62,7 @@ app.command("run", cls=Verb, rich_help_panel=RECIPES)(run.run)
 app.command("plan", cls=Verb, rich_help_panel=RECIPES)(run.plan)
 app.command("check", cls=Verb, rich_help_panel=RECIPES)(run.check)
 app.command("init", cls=Verb, rich_help_panel=RECIPES)(init.init)
+app.command("sweep", cls=Verb, rich_help_panel=RECIPES)(sweep.sweep)
 app.command("ft", cls=Verb, rich_help_panel=COMMANDS)(finetune.ft)
 app.command("sft", cls=Verb, rich_help_panel=COMMANDS, help="The same as `ft`.")(finetune.ft)
 app.command("dpo", cls=Verb, rich_help_panel=COMMANDS)(finetune.dpo)
