@@ -24,7 +24,7 @@ from lorchestra.sweep.halving import halved
 from lorchestra.sweep.outcome import HeldOut, Outcome
 from lorchestra.sweep.spec import DATA_KEYS, SweepSpec
 from lorchestra.sweep.table import Row, rows
-from lorchestra.sweep.worker import Worker
+from lorchestra.sweep.worker import Work, Worker
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class _Sweep:
             self.reporter.say(f"warning: {line}")
         folds = self._folds(len(prepared.data[stage].splits.train))
         worker.folds = folds
-        with executor(self.kind, spec, folds, worker, self.jobs, self.reporter) as run:
+        with executor(self.kind, worker, self.jobs, self.reporter) as run:
             tuned = self._tune(run, folds) if spec.tune else {}
             todo = cells(spec, tuned, folds)
             for cell, outcome in self._told(halved(todo, spec.halving, run, self.reporter), len(todo)):
@@ -148,7 +148,7 @@ class _Sweep:
         self.reporter.say(f"folds: {found.value or 'none'} ({found.reason})")
         return None if found.value is None else int(found.value)
 
-    def _tune(self, run: Executor, folds: int | None) -> dict[str, dict[str, Any]]:
+    def _tune(self, run: Executor[Work, Outcome], folds: int | None) -> dict[str, dict[str, Any]]:
         """Setting → the values of its tuned keys with the lowest validation loss."""
         spec, best = self.spec, dict[str, tuple[float, dict[str, Any]]]()
         todo = tuning_cells(spec, folds)

@@ -3,90 +3,89 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from lorchestra.errors import LorchestraError, UserError
 from lorchestra.events import Reporter
-from lorchestra.sweep.cells import Cell
-from lorchestra.sweep.outcome import Outcome
 
-if TYPE_CHECKING:
-    from lorchestra.sweep.spec import SweepSpec
-    from lorchestra.sweep.worker import Worker
-
-Work = tuple[Cell, "float | None"]  # a cell, and the share of its steps after which it pauses
+W = TypeVar("W")  # one piece of work: a cell and where it pauses, a department
+R = TypeVar("R", covariant=True)  # what became of it
+KINDS = ("local", "ray")
 
 
-class Executor(Protocol):
-    """Runs cells; see :meth:`lorchestra.sweep.worker.Worker.run`."""
+class Works(Protocol[W, R]):
+    """Does pieces of work, one after the other."""
 
-    def run(self, work: Sequence[Work]) -> Iterator[tuple[Work, Outcome]]:
-        """Outcomes as they come in. What one cell raises ends it all; the others' finished steps are kept."""
+    def work(self, piece: W) -> R:
+        """What one piece came to; both are pickled on their way to another process and back."""
+
+    def elsewhere(self) -> Callable[[], Works[W, R]]:
+        """A function, which can be pickled, that makes the same worker in another process."""
 
 
-class Here:
+class Executor(Protocol[W, R]):
+    """Has pieces of work done."""
+
+    def run(self, pieces: Sequence[W]) -> Iterator[tuple[W, R]]:
+        """Outcomes as they come in. What one piece raises ends it all; the others' finished steps are kept."""
+
+
+class Here(Generic[W, R]):
     """One after the other, in this process."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Works[W, R]) -> None:
         self.worker = worker
 
-    def run(self, work: Sequence[Work]) -> Iterator[tuple[Work, Outcome]]:
-        for cell, pause in work:
-            yield (cell, pause), self.worker.run(cell, pause)
+    def run(self, pieces: Sequence[W]) -> Iterator[tuple[W, R]]:
+        for piece in pieces:
+            yield piece, self.worker.work(piece)
 
 
-class Processes:
+class Processes(Generic[W, R]):
     """In ``jobs`` processes that share the processor's cores; each holds the base."""
 
     def __init__(self, pool: ProcessPoolExecutor) -> None:
         self.pool = pool
 
-    def run(self, work: Sequence[Work]) -> Iterator[tuple[Work, Outcome]]:
-        waiting: dict[Future[dict[str, Any]], Work] = {
-            self.pool.submit(_run_cell, cell, pause): (cell, pause) for cell, pause in work
-        }
+    def run(self, pieces: Sequence[W]) -> Iterator[tuple[W, R]]:
+        waiting: dict[Future[R], W] = {self.pool.submit(_do, piece): piece for piece in pieces}
         try:
             while waiting:
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    yield waiting.pop(future), Outcome.from_dict(future.result())
+                    yield waiting.pop(future), future.result()
         finally:
             for future in waiting:
                 future.cancel()
 
 
-class OnRay:
+class OnRay(Generic[W, R]):
     """On a Ray cluster, one actor a worker. All of them see the same ``LORCHESTRA_HOME``, recipe and data by path."""
 
     def __init__(self, actors: Sequence[Any]) -> None:
         self.actors = actors
 
-    def run(self, work: Sequence[Work]) -> Iterator[tuple[Work, Outcome]]:
+    def run(self, pieces: Sequence[W]) -> Iterator[tuple[W, R]]:
         from ray.util import ActorPool
 
         pool: Any = ActorPool(list(self.actors))
-        todo = list(work)
+        todo = list(pieces)
         for place in range(len(todo)):
-            pool.submit(lambda actor, at: actor.run.remote(at, *todo[at]), place)
+            pool.submit(lambda actor, at: actor.run.remote(at, todo[at]), place)
         while pool.has_next():
             at, found = pool.get_next_unordered()
-            yield todo[at], Outcome.from_dict(found)
+            yield todo[at], found
 
 
 @contextmanager
-def executor(
-    kind: str, spec: SweepSpec, folds: int | None, worker: Worker, jobs: int, reporter: Reporter
-) -> Iterator[Executor]:
+def executor(kind: str, worker: Works[W, R], jobs: int, reporter: Reporter) -> Iterator[Executor[W, R]]:
     """The executor that was asked for, until the block ends.
 
     Args:
         kind: ``local`` or ``ray``.
-        spec: the specification.
-        folds: K of a cross-validation.
-        worker: of this process, for ``local`` with one job.
+        worker: does the work, with ``local`` and one job; else its like, elsewhere.
         jobs: processes, or Ray workers.
         reporter: says where the work goes.
 
@@ -99,10 +98,8 @@ def executor(
         import multiprocessing
 
         threads = max(1, (os.cpu_count() or 1) // jobs)
-        with ProcessPoolExecutor(
-            jobs, multiprocessing.get_context("spawn"), _begin,
-            (spec.model_dump(mode="json"), spec.directory, folds, threads),
-        ) as pool:  # fmt: skip
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, context, _begin, (worker.elsewhere(), threads)) as pool:
             try:
                 yield Processes(pool)
             except BaseException:
@@ -111,35 +108,32 @@ def executor(
                     process.terminate()
                 raise
     elif kind == "ray":
-        with _cluster(spec, folds, jobs, reporter) as found:
+        with _cluster(worker.elsewhere(), jobs, reporter) as found:
             yield found
     else:
-        raise UserError(f"--executor {kind!r}: expected local or ray")
+        raise UserError(f"--executor {kind!r}: expected {' or '.join(KINDS)}")
 
 
-_worker: Worker | None = None
+_worker: Works[Any, Any] | None = None
 
 
-def _begin(values: dict[str, Any], directory: Path, folds: int | None, threads: int) -> None:
+def _begin(make: Callable[[], Works[Any, Any]], threads: int) -> None:
     """In a new process: its worker, and its share of the cores."""
     global _worker
     import torch
 
-    from lorchestra.sweep.spec import SweepSpec
-    from lorchestra.sweep.worker import Worker
-
     torch.set_num_threads(threads)
-    _worker = Worker(SweepSpec.from_dict(values, directory), folds)
+    _worker = make()
 
 
-def _run_cell(cell: Cell, pause: float | None) -> dict[str, Any]:
+def _do(piece: Any) -> Any:
     if _worker is None:
         raise LorchestraError("a process of the sweep has not begun; run the sweep again")
-    return _worker.run(cell, pause).as_dict()
+    return _worker.work(piece)
 
 
 @contextmanager
-def _cluster(spec: SweepSpec, folds: int | None, jobs: int, reporter: Reporter) -> Iterator[OnRay]:
+def _cluster(make: Callable[[], Works[W, R]], jobs: int, reporter: Reporter) -> Iterator[OnRay[W, R]]:
     try:
         import ray
     except ImportError:
@@ -156,9 +150,7 @@ def _cluster(spec: SweepSpec, folds: int | None, jobs: int, reporter: Reporter) 
         cards = resources.get("GPU", 0.0) / jobs
         actor: Any = ray.remote(num_cpus=cores, num_gpus=cards)(_RayWorker)
         home = os.environ.get("LORCHESTRA_HOME")
-        yield OnRay(
-            [actor.remote(spec.model_dump(mode="json"), str(spec.directory), folds, cores, home) for _ in range(jobs)]
-        )
+        yield OnRay([actor.remote(make, cores, home) for _ in range(jobs)])
     finally:
         if started:
             ray.shutdown()
@@ -167,12 +159,10 @@ def _cluster(spec: SweepSpec, folds: int | None, jobs: int, reporter: Reporter) 
 class _RayWorker:
     """A worker in an actor's process."""
 
-    def __init__(
-        self, values: dict[str, Any], directory: str, folds: int | None, threads: int, home: str | None
-    ) -> None:
+    def __init__(self, make: Callable[[], Works[Any, Any]], threads: int, home: str | None) -> None:
         if home is not None:
             os.environ["LORCHESTRA_HOME"] = home
-        _begin(values, Path(directory), folds, threads)
+        _begin(make, threads)
 
-    def run(self, at: int, cell: Cell, pause: float | None) -> tuple[int, dict[str, Any]]:
-        return at, _run_cell(cell, pause)
+    def run(self, at: int, piece: Any) -> tuple[int, Any]:
+        return at, _do(piece)

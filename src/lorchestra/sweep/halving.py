@@ -16,11 +16,13 @@ from lorchestra.sweep.spec import DATA_KEYS, Halving
 if TYPE_CHECKING:
     import optuna
 
+    from lorchestra.sweep.worker import Work
+
 TRAINED = ("lora.", "train.")  # settings whose validation losses can be compared: the data are the same
 
 
 def halved(
-    cells: Sequence[Cell], halving: Halving | None, executor: Executor, reporter: Reporter
+    cells: Sequence[Cell], halving: Halving | None, executor: Executor[Work, Outcome], reporter: Reporter
 ) -> Iterator[tuple[Cell, Outcome]]:
     """Outcomes of ``cells`` as they come in; with ``halving`` those of hopeless ones are ``stopped``.
 

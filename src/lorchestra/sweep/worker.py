@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.digest import json_digest
-from lorchestra.bank import Bank
-from lorchestra.base.home import home
-from lorchestra.base.load import choose_device, choose_dtype
 from lorchestra.errors import DivergedError, PausedError
 from lorchestra.evaluate.ledger import Ledger, item_digest
-from lorchestra.evaluate.score import Domain, Kind, make_domain, score
+from lorchestra.evaluate.score import Domain
 from lorchestra.events import SILENT, Reporter
-from lorchestra.pipeline.cache import StepCache, step_digest, write_json
+from lorchestra.pipeline.cache import step_digest, write_json
 from lorchestra.pipeline.lazy import LazyBase
 from lorchestra.pipeline.prepare import Prepared, prepare
-from lorchestra.pipeline.training import Trained, context_of, load_trained, stage_digest, stage_inputs, train
+from lorchestra.pipeline.training import Trained
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.sweep.cells import Cell, recipe_of, stage_name
 from lorchestra.sweep.examples import folded, perturbed
 from lorchestra.sweep.outcome import HeldOut, Outcome, finite_history
 from lorchestra.sweep.spec import DATA_KEYS, SweepSpec
-from lorchestra.train.context import final_weights
+from lorchestra.sweep.trainer import Trainer, sealed_test
 from lorchestra.train.stage import StageInputs
 
+Work = tuple[Cell, float | None]  # a cell, and the share of its steps after which it pauses
 VERSION = 1  # raise it when the same training would be measured otherwise
 
 
@@ -46,9 +44,17 @@ class Worker:
         self.spec = spec
         self.folds = folds
         self.reporter = reporter
-        self.cache = StepCache(home() / "steps")
+        self.trainer = Trainer(reporter)
+        self.cache = self.trainer.cache
         self._prepared: dict[str, Prepared] = {}
-        self._bases: dict[tuple[str, str, str], LazyBase] = {}
+
+    def elsewhere(self) -> Callable[[], Worker]:
+        """Makes the same worker in another process."""
+        return partial(_worker, self.spec.model_dump(mode="json"), self.spec.directory, self.folds)
+
+    def work(self, piece: Work) -> Outcome:
+        """:meth:`run`, for an executor."""
+        return self.run(*piece)
 
     def run(self, cell: Cell, pause: float | None = None) -> Outcome:
         """Train and judge ``cell``, or find it done.
@@ -63,7 +69,7 @@ class Worker:
             TrainingError: a law did not hold. A training that diverged is an outcome.
         """
         prepared, base, inputs, domain = self._ready(cell)
-        trains = stage_digest(prepared, inputs, base.device.type, str(base.dtype))
+        trains = self.trainer.digest(prepared, inputs, base)
         digest = step_digest("cell", VERSION, {}, {"stage": trains, "test": domain.digest if domain else None})
         known = Outcome(
             settings=dict(cell.settings), seed=cell.seed, fold=cell.fold, state="done", step=0, steps=0,
@@ -92,7 +98,7 @@ class Worker:
         digest = step_digest("start", VERSION, settings, needs)
 
         def make(work: Path) -> dict[str, Any]:
-            write_json(work / "scores.json", asdict(self._scored(inputs, domain, base)))
+            write_json(work / "scores.json", asdict(HeldOut.of(self.trainer.scored(inputs, domain, base))))
             return {}
 
         step = self.cache.build("start", digest, make, self.reporter.say)
@@ -102,12 +108,10 @@ class Worker:
         """The data, base, inputs and test of ``cell``; stages that it rests on are trained."""
         prepared = self.prepared(cell)
         name = stage_name(self.spec, prepared.recipe)
-        base = self._base(prepared)
-        trained = self._earlier(prepared, name, base)
-        stage = prepared.recipe.stage(name)
-        context = context_of(prepared.recipe, stage, {**prepared.adapters, **trained})
-        inputs = replace(stage_inputs(prepared, stage, context), init_seed=cell.seed, data_seed=cell.seed)
-        return prepared, base, inputs, _domain(prepared, name, self.spec.test_limit)
+        base = self.trainer.base(prepared)
+        inputs = self.trainer.inputs(prepared, name, self.trainer.earlier(prepared, name, base))
+        seeded = replace(inputs, init_seed=cell.seed, data_seed=cell.seed)
+        return prepared, base, seeded, sealed_test(prepared, name, self.spec.test_limit)
 
     def prepared(self, cell: Cell) -> Prepared:
         """The data of ``cell``; cells that differ in how the stage is trained alone share them."""
@@ -125,40 +129,6 @@ class Worker:
             self._prepared[key] = make()
         return self._prepared[key]
 
-    def _base(self, prepared: Prepared) -> LazyBase:
-        recipe = prepared.recipe
-        choose_dtype(choose_device(recipe.device), recipe.dtype)
-        key = (prepared.base.weights, recipe.device, recipe.dtype)
-        if key not in self._bases:
-            for other in self._bases.values():  # one base at a time is in memory
-                other.release()
-            self._bases = {
-                key: LazyBase(prepared.directory, prepared.base.name, recipe.device, recipe.dtype, self.reporter)
-            }
-        return self._bases[key]
-
-    def _earlier(self, prepared: Prepared, name: str, base: LazyBase) -> dict[str, Adapter]:
-        """Adapters of the stages that the context of stage ``name`` rests on, trained once."""
-        recipe = prepared.recipe
-        needed = _needed(recipe, name)
-        trained: dict[str, Adapter] = {}
-        for stage in recipe.stages:
-            if stage.name in needed:
-                context = context_of(recipe, stage, {**prepared.adapters, **trained})
-                inputs = stage_inputs(prepared, stage, context)
-                digest = stage_digest(prepared, inputs, base.device.type, str(base.dtype))
-                trained[stage.name] = self._train(prepared, inputs, base, digest).adapter
-        return trained
-
-    def _train(
-        self, prepared: Prepared, inputs: StageInputs, base: LazyBase, digest: str, pause: float | None = None
-    ) -> Trained:
-        step = self.cache.lookup("stage", digest)
-        if step is not None:
-            return load_trained(step, inputs, prepared.base)
-        logs = home() / "logs" / f"sweep-{digest[:12]}"
-        return train(prepared, inputs, base, self.cache, digest, self.reporter, logs, pause)
-
     def _make(
         self,
         work: Path,
@@ -173,7 +143,7 @@ class Worker:
         """Fill the work directory of a cell's step."""
         new = self.cache.lookup("stage", trains) is None
         try:
-            trained = self._train(prepared, inputs, base, trains, pause)
+            trained = self.trainer.train(prepared, inputs, base, trains, pause)
         except DivergedError as error:
             write_json(work / "outcome.json", {"state": "diverged", "step": error.step})
             return {"state": "diverged"}
@@ -182,48 +152,15 @@ class Worker:
             data = prepared.data[inputs.name]
             items = [item_digest(example) for example in data.splits.test[: self.spec.test_limit]]
             Ledger.here().enter(items, inputs.name, digest, domain.digest)
-            told["test"] = asdict(self._scored(inputs, domain, base, trained.adapter))
+            told["test"] = asdict(HeldOut.of(self.trainer.scored(inputs, domain, base, trained.adapter)))
         write_json(work / "outcome.json", told)
         if new and not self.spec.keep_adapters:
             shutil.rmtree(trained.step.directory)
         return {"state": "done", "adapter": trained.adapter.digest}
 
-    def _scored(self, inputs: StageInputs, domain: Domain, base: LazyBase, adapter: Adapter | None = None) -> HeldOut:
-        """Scores of base and context, and of ``adapter`` on top of them."""
-        loaded = base.load()
-        bank = Bank(loaded.model, loaded.id)
-        members = {name: member for name, (member, _) in inputs.context.items()}
-        weights = final_weights({name: member for name, (_, member) in inputs.context.items()})
-        if adapter is not None:
-            members[inputs.name] = adapter
-            weights[inputs.name] = 1.0
-        try:
-            for name, member in members.items():
-                bank.load(name, member)
-            with self.reporter.task("test", len(domain.items), "item") as task, bank.using(weights):
-                return HeldOut.of(score(loaded.model, domain, loaded.pad_id, task.advance))
-        finally:
-            bank.unmount()
 
-
-def _needed(recipe: Recipe, name: str) -> set[str]:
-    """Stages that stage ``name`` needs, directly or through others."""
-    stages = {stage.name: stage for stage in recipe.stages}
-    found: set[str] = set()
-    waiting = [name]
-    while waiting:
-        for other in stages[waiting.pop()].context:
-            if other in stages and other not in found:
-                found.add(other)
-                waiting.append(other)
-    return found
-
-
-def _domain(prepared: Prepared, name: str, limit: int | None) -> Domain | None:
-    data = prepared.data[name]
-    kind: Kind = "dpo" if data.task == "dpo" else "sft"
-    examples = data.splits.test[:limit]
-    return make_domain(name, kind, examples, prepared.renderer) if examples else None
+def _worker(values: dict[str, Any], directory: Path, folds: int | None) -> Worker:
+    return Worker(SweepSpec.from_dict(values, directory), folds)
 
 
 def _told(trained: Trained) -> dict[str, Any]:
