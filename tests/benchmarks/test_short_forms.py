@@ -11,7 +11,7 @@ import pytest
 # What stands in the table of each.
 ROWS = {
     "fusion": ("| PEFT linear | rsLoRA |", "| lorchestra, applied by PEFT | LoRA |", "lorchestra from the optimum"),
-    "merge": ("| lorchestra |", "| PEFT |", "| yes, all 17 |"),
+    "merge": ("| lorchestra |", "| PEFT |", "| yes, all 21 |"),
     "search": ("| PEFT `cat`, scored plainly |", "| gradient |", "| grid |"),
     "train": ("| sft | bound |", "| sft | lorchestra |", "| dpo | bound |", "| dpo | lorchestra |"),
 }
