@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 from lorchestra.recipe.recipe import Recipe
+from lorchestra.recipe.sections import SETTLED
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -117,6 +118,8 @@ def test_every_key_of_the_recipe_is_documented_with_its_default(name):
             assert cell == "required", field_name
         elif isinstance(default, BaseModel):
             assert cell == "see below", field_name
+        elif field_name in SETTLED.get(key, ()):
+            assert cell == "`auto`", field_name
         elif default is None:
             assert cell == "none", field_name
         else:

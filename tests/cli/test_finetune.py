@@ -304,16 +304,50 @@ def test_an_adapter_that_is_there_is_replaced_and_other_files_are_kept(
     assert (tmp_path / "out" / "README.md").read_text() == "about"
 
 
-def test_the_flags_defaults_are_the_recipes_but_for_epochs_and_patience(lorchestra, tiny_dir, data):
+def test_the_flags_defaults_are_the_recipes_but_for_patience_or_settled_from_the_examples(lorchestra, tiny_dir, data):
     """One set of defaults; what differs is chosen for one data set alone and stands here."""
     told = lorchestra(
         "ft", "--model_name_or_path", tiny_dir, "--dataset", data["alpaca"], "--output_dir", "out", "--dtype", "float32"
     )
     assert told.code == 0, told.err
     settings = Adapter.load("out").lineage.settings
-    assert LoraSettings.model_validate(settings["lora"]) == LoraSettings()
-    expected = TrainSettings(epochs=3.0, patience=2).model_dump(mode="json", exclude={"report_to", "checkpoint_every"})
-    assert settings["train"] == expected
+    lora = LoraSettings(rank=4, alpha=16 / 8**0.5 * 2, dropout=0.1)
+    assert LoraSettings.model_validate(settings["lora"]) == lora
+    assert lora.scale == LoraSettings().scale
+    train = TrainSettings(epochs=6.0, patience=2, learning_rate=5e-4)
+    assert settings["train"] == train.model_dump(mode="json", exclude={"report_to", "checkpoint_every"})
+    settled = re.findall(r"^  out: (--\w+) (\S+) \(", told.err, re.MULTILINE)
+    assert settled == [
+        ("--lora_rank", "4"), ("--lora_alpha", "11.31"), ("--lora_dropout", "0.1"), ("--num_train_epochs", "6"),
+        ("--learning_rate", "0.0005"),
+    ]  # fmt: skip
+
+
+def test_a_flag_that_is_given_is_not_settled(lorchestra, tiny_dir, data):
+    given = {
+        "lora_rank": ("lora", "rank", 2), "lora_dropout": ("lora", "dropout", 0.0),
+        "lora_alpha": ("lora", "alpha", 3.0),
+        "num_train_epochs": ("train", "epochs", 1.0), "learning_rate": ("train", "learning_rate", 2e-4),
+    }  # fmt: skip
+    flags = [word for flag, (_, _, value) in given.items() for word in (f"--{flag}", value)]
+    common = ("ft", "--model_name_or_path", tiny_dir, "--dataset", data["alpaca"], "--output_dir", "out", "--json")
+    told = lorchestra(*common, *flags)
+    assert told.code == 0, told.err
+    settings = Adapter.load("out").lineage.settings
+    assert {flag: settings[section][key] for flag, (section, key, _) in given.items()} == {
+        flag: value for flag, (_, _, value) in given.items()
+    }
+    assert [found["key"] for found in json.loads(told.out)["suggestions"]] == ["folds"]
+    assert "not set" not in told.err
+
+
+def test_preferences_have_a_smaller_learning_rate(lorchestra, tiny_dir, data):
+    common = ("dpo", "--model_name_or_path", tiny_dir, "--dataset", data["preference"], "--output_dir", "out")
+    told = lorchestra(*common, "--max_steps", 1, "--json")
+    assert told.code == 0, told.err
+    found = {row["key"]: row["value"] for row in json.loads(told.out)["suggestions"]}
+    assert found["train.learning_rate"] == 5e-5
+    assert "train.epochs" not in found, "max_steps says how long"
 
 
 def test_every_flag_with_a_key_of_the_recipe_reaches_it():

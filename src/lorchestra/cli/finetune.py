@@ -6,13 +6,14 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from lorchestra.cli import training_flags as flags
-from lorchestra.cli.in_flags import in_flags
+from lorchestra.cli.in_flags import in_flags, translated
 from lorchestra.cli.options import Weighted, fields_of, listed, refuse_overwriting, weighted
 from lorchestra.errors import UserError, counted
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from lorchestra.recipe.recipe import Recipe
 
 
-@flags.taking(flags.SHARED, learning_rate=2e-4)
+@flags.taking(flags.SHARED)
 def ft(context: typer.Context) -> None:
     """Train one LoRA adapter on your examples (supervised fine-tuning).
 
@@ -37,7 +38,7 @@ def ft(context: typer.Context) -> None:
     _train("sft", context.params)
 
 
-@flags.taking({**flags.PREFERENCE, **flags.SHARED}, learning_rate=5e-5)
+@flags.taking({**flags.PREFERENCE, **flags.SHARED})
 def dpo(context: typer.Context) -> None:
     """Train one LoRA adapter on preference pairs (prompt, chosen, rejected).
 
@@ -59,7 +60,8 @@ def _train(task: str, asked: Mapping[str, Any]) -> None:
     from lorchestra.cli.progress import make_reporter
     from lorchestra.pipeline.single import tune
 
-    with in_flags(flags.names(asked)):
+    names = flags.names(asked)
+    with in_flags(names):
         recipe = _recipe(task, asked, beside)
         tuned = tune(
             recipe,
@@ -67,6 +69,7 @@ def _train(task: str, asked: Mapping[str, Any]) -> None:
             logs=asked["logging_dir"] or Path("runs") / recipe.stages[0].name,
             validation_optional=asked["val_ratio"] is None,
             reporter=make_reporter(),
+            spelled=lambda line: translated(line, names).replace("set a key", "give a flag"),
         )
     told = _summary(tuned, beside)
     if asked["as_json"]:
@@ -177,6 +180,7 @@ def _summary(tuned: Tuned, beside: list[Weighted]) -> dict[str, Any]:
         "scale": training["scale"],
         "trainable": training["trainable"],
         "cached": tuned.cached,
+        "suggestions": [asdict(found) for found in tuned.suggestions],
         "next": shlex.join(parts),
     }
 

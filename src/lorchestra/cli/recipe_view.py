@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lorchestra.pipeline.costs import Outlook
     from lorchestra.pipeline.execute import RunResult
     from lorchestra.pipeline.plan import Plan, PlannedStep
+    from lorchestra.recipe.suggestions import Suggestion
 
 MOST = 600  # characters shown of a stretch of an example
 METRICS = {
@@ -122,6 +123,7 @@ def show_plan(plan: Plan) -> None:
     stages = [(escape(step.name), *_outlook(step.outlook)) for step in plan.steps if step.outlook is not None]
     out.print(_table(("stage", "examples", "steps", "trainable", "scale", "tokens to learn"), stages, left=1))
     out.print()
+    _show_suggestions(out, plan.suggestions)
     for step in plan.steps:
         if step.note and step.state not in ("cached", "to fetch"):
             out.print(Text(f"{step.name}: {step.note}"))
@@ -145,7 +147,8 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> 
 
 
 def _outlook(outlook: Outlook) -> tuple[str, ...]:
-    scale = f"{outlook.scale:.3g} (r {outlook.rank}, {outlook.scaling})"
+    rank = "r from the examples" if outlook.rank is None else f"r {outlook.rank}"
+    scale = f"{'' if outlook.scale is None else f'{outlook.scale:.3g} '}({rank}, {outlook.scaling})"
     counts = (outlook.examples.get("train"), outlook.steps, outlook.trainable)
     return (*map(_count, counts), scale, _count(outlook.supervised))
 
@@ -168,11 +171,21 @@ def _bytes(value: float | None) -> str:
     return "" if value is None else f"{value / 1e9:.1f} GB"
 
 
-def show_check(check: Check) -> None:
-    """Stage by stage: numbers, rendered examples with the supervised part marked, warnings."""
+def _show_suggestions(out: Console, suggestions: Mapping[str, Sequence[Suggestion]]) -> None:
+    from lorchestra.recipe.suggestions import lines
+
+    for line in lines(suggestions):
+        indent = len(line) - len(line.lstrip())
+        out.print(Padding(Text(line.strip()), (0, 0, 0, indent), expand=False))
+    out.print()
+
+
+def show_check(check: Check, suggestions: Mapping[str, Sequence[Suggestion]]) -> None:
+    """Stage by stage: numbers, rendered examples with the supervised part marked; what they settle; warnings."""
     out = console()
     for stage in check.stages:
         _show_stage(out, stage)
+    _show_suggestions(out, suggestions)
     if check.warnings:
         out.print("[bold yellow]warnings[/]")
         for warning in check.warnings:

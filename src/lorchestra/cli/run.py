@@ -113,15 +113,21 @@ def check(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False
     loaded = _load(recipe, overrides)
     from lorchestra.cli.progress import make_reporter, without_lines
     from lorchestra.pipeline.prepare import prepare
+    from lorchestra.recipe.suggestions import plain
 
     prepared = prepare(loaded, without_lines(make_reporter()))
     if as_json:
-        found = {"recipe": loaded.name, "stages": prepared.check.as_dict(), "warnings": prepared.check.warnings}
+        found = {
+            "recipe": loaded.name,
+            "stages": prepared.check.as_dict(),
+            "warnings": prepared.check.warnings,
+            "suggestions": plain(prepared.suggestions),
+        }
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
     from lorchestra.cli.recipe_view import show_check
 
-    show_check(prepared.check)
+    show_check(prepared.check, prepared.suggestions)
 
 
 def _load(path: Path, overrides: list[str] | None) -> Recipe:
@@ -134,6 +140,8 @@ def _load(path: Path, overrides: list[str] | None) -> Recipe:
 
 
 def _plain(result: RunResult) -> dict[str, Any]:
+    from lorchestra.recipe.suggestions import plain
+
     return {
         "directory": os.fspath(result.directory),
         "adapter": os.fspath(result.adapter),
@@ -143,4 +151,5 @@ def _plain(result: RunResult) -> dict[str, Any]:
         "verdict": result.verdict,
         "sealed_test_readings": dict(result.readings),
         "digests": dict(result.digests),
+        "suggestions": plain(result.suggestions),
     }

@@ -66,8 +66,6 @@ def _stage_lines(name: str, data: Sequence[StarterData], active: Sequence[str]) 
         yield f"    {SPECIALISED}: 1.0"
     if preference:
         yield "  beta: 0.1\thow closely it stays to the model before this stage"
-        yield "  learning_rate: 5.0e-5"
-    yield f"  epochs: {1 if preference else 2}"
 
 
 def _commented(text: str, comment: str) -> str:
@@ -141,23 +139,26 @@ supervise: assistant                  # learn every assistant turn of a conversa
 # parted: by default rows with the same question, or set `group` on the data. With thousands of rows 0.8, 0.1, 0.1 do.
 split: {{train: 0.7, validation: 0.15, test: 0.15}}
 
-# Every stage trains one new adapter. A stage can override these, as in lora: {{rank: 4}}.
+# Every stage trains one new adapter. A stage can override these, as in lora: {{rank: 4}}. The commented lines are
+# settled from each stage's number of examples: `lorchestra check` tells values and reasons. Set one to choose it.
 lora:
-  rank: 8                             # 4 to 8 is enough for a few thousand examples
-  alpha: 16                           # strength
+  # rank: 8                           # 4 to 8 is enough for a few thousand examples
+  # alpha: 16                         # strength; goes with the rank
+  # dropout: 0.0
   scaling: rslora                     # scale alpha/√rank; or lora (alpha/rank), constant (alpha)
   init: kaiming                       # or gaussian, rescaled (σ/√rank), orthogonal
   target_modules: all-linear          # or names, as in [q_proj, v_proj]
 
-# A stage can override these too; epochs, max_steps and learning_rate may stand on the stage itself.
+# A stage can override these too; epochs, max_steps and learning_rate may stand on the stage itself. The commented lines
+# are settled from the examples as well.
 train:
-  epochs: 2                           # or max_steps
-  learning_rate: 2.0e-4
+  # epochs: 2                         # or max_steps
+  # learning_rate: 2.0e-4
+  # patience: 3                       # stop after so many validations without a better one; the best is kept
   batch_size: 8
   gradient_accumulation: 1            # micro-batches an update
   warmup_ratio: 0.05
   scheduler: cosine                   # or linear, constant, …
-  patience: 3                         # stop after so many validations without a better one; the best is kept
   report_to: []                       # tensorboard, wandb, mlflow
 
 # Existing LoRA adapters (PEFT directories, hf:org/name), to be used as context or in the fusion:

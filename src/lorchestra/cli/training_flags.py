@@ -23,6 +23,7 @@ TRACKERS = ("tensorboard", "wandb", "mlflow")
 TARGETS = ("all-linear", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 _LORA, _TRAINING, _DATA, _CONTEXT, _RUN = "Adapter", "Training", "Data", "Context", "Run"
+SETTLED = "from the number of examples"  # where a flag is not given; see recipe/suggestions.py
 
 
 def _flag(
@@ -41,9 +42,11 @@ Dataset = Annotated[list[str], _flag(None, "dataset", "DATA", "Files, hf: or pip
 OutputDir = Annotated[Path, _flag(None, "output_dir", "DIR", "Where the adapter goes.", short="-o")]
 
 PeftType = Annotated[str, _flag(_LORA, "peft_type", "TYPE", "Only lora.", tab=among("lora"))]
-Rank = Annotated[int, _flag(_LORA, "lora_rank", "N", "r.")]
-Alpha = Annotated[float, _flag(_LORA, "lora_alpha", "X", "α.")]
-Dropout = Annotated[float, _flag(_LORA, "lora_dropout", "X", "Of the inputs of A.")]
+Rank = Annotated[int | None, _flag(_LORA, "lora_rank", "N", "r.", show_default=SETTLED)]
+Alpha = Annotated[
+    float | None, _flag(_LORA, "lora_alpha", "X", "α.", show_default="16; without --lora_rank, of the same scale")
+]
+Dropout = Annotated[float | None, _flag(_LORA, "lora_dropout", "X", "Of the inputs of A.", show_default=SETTLED)]
 Targets = Annotated[
     str,
     _flag(_LORA, "target_modules", "NAMES", "all-linear, or names with commas.", tab=listed_among(*TARGETS)),
@@ -57,9 +60,13 @@ Init = Annotated[
 ]
 Sigma = Annotated[float, _flag(_LORA, "sigma", "X", "σ of the rescaled initialisation.")]
 
-Epochs = Annotated[float, _flag(_TRAINING, "num_train_epochs", "X", "Times through the examples.")]
+Epochs = Annotated[
+    float | None, _flag(_TRAINING, "num_train_epochs", "X", "Times through the examples.", show_default=SETTLED)
+]
 MaxSteps = Annotated[int | None, _flag(_TRAINING, "max_steps", "N", "Optimiser steps, instead of epochs.")]
-Rate = Annotated[float, _flag(_TRAINING, "learning_rate", "X", "Highest, after the warm-up.")]
+Rate = Annotated[
+    float | None, _flag(_TRAINING, "learning_rate", "X", "Highest, after the warm-up.", show_default=SETTLED)
+]
 Batch = Annotated[int, _flag(_TRAINING, "per_device_train_batch_size", "N", "Examples a micro-batch.")]
 Accumulation = Annotated[int, _flag(_TRAINING, "gradient_accumulation_steps", "N", "Micro-batches a step.")]
 Schedule = Annotated[
@@ -132,16 +139,16 @@ SHARED: dict[str, tuple[Any, Any]] = {
     "dataset": (Dataset, Parameter.empty),
     "output_dir": (OutputDir, Parameter.empty),
     "peft_type": (PeftType, "lora"),
-    "lora_rank": (Rank, 8),
-    "lora_alpha": (Alpha, 16.0),
-    "lora_dropout": (Dropout, 0.0),
+    "lora_rank": (Rank, None),
+    "lora_alpha": (Alpha, None),
+    "lora_dropout": (Dropout, None),
     "target_modules": (Targets, "all-linear"),
     "scaling": (Scaling, "rslora"),
     "init_method": (Init, "kaiming"),
     "sigma": (Sigma, 0.02),
-    "num_train_epochs": (Epochs, 3.0),
+    "num_train_epochs": (Epochs, None),
     "max_steps": (MaxSteps, None),
-    "learning_rate": (Rate, Parameter.empty),
+    "learning_rate": (Rate, None),
     "per_device_train_batch_size": (Batch, 8),
     "gradient_accumulation_steps": (Accumulation, 1),
     "lr_scheduler_type": (Schedule, "cosine"),
@@ -175,12 +182,12 @@ PREFERENCE: dict[str, tuple[Any, Any]] = {
 }
 
 
-def taking(table: Mapping[str, tuple[Any, Any]], **defaults: Any) -> Callable[[Verb], Verb]:
-    """Give a verb the flags of ``table`` (with ``defaults`` of its own); it reads them from ``context.params``."""
+def taking(table: Mapping[str, tuple[Any, Any]]) -> Callable[[Verb], Verb]:
+    """Give a verb the flags of ``table``; it reads them from ``context.params``."""
 
     def give(verb: Verb) -> Verb:
         flags = {
-            name: Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind, default=defaults.get(name, default))
+            name: Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind, default=default)
             for name, (kind, default) in table.items()
         }
 

@@ -45,7 +45,7 @@ class Outlook:
         examples: part → count.
         steps: optimiser updates.
         trainable: numbers in the new adapter, exactly.
-        rank: of the new adapter.
+        rank: of the new adapter; ``None`` where the examples will settle it.
         scaling: how its scale is made.
         scale: s of ΔW = s·B·A.
         supervised: tokens of the training part that the loss counts.
@@ -56,9 +56,9 @@ class Outlook:
     examples: Mapping[str, int]
     steps: int | None
     trainable: int | None
-    rank: int
+    rank: int | None
     scaling: str
-    scale: float
+    scale: float | None
     supervised: int | None = None
     tokens: int | None = None
 
@@ -80,10 +80,13 @@ def outlook_of(recipe: Recipe, stage: Stage, model: Any | None, examples: Mappin
         model: of its base, with or without weights, if that is here.
         examples: part → count; empty if the data is not here.
     """
-    lora, train = recipe.lora_of(stage), recipe.train_of(stage)
+    lora, train, open_keys = recipe.lora_of(stage), recipe.train_of(stage), recipe.open_keys(stage)
     steps = train.max_steps
-    if "train" in examples:
+    if "train" in examples and "train.epochs" not in open_keys:
         steps = BatchPlan([0] * examples["train"], train, recipe.seeds.data, fixed=True).steps
+    if "lora.rank" in open_keys:
+        scale = lora.scale if "lora.alpha" in open_keys else None  # at another rank, α follows unless it is set
+        return Outlook(stage.task, examples, steps, None, None, lora.scaling, scale)
     numbers = None if model is None else trainable(model, lora)
     return Outlook(stage.task, examples, steps, numbers, lora.rank, lora.scaling, lora.scale)
 

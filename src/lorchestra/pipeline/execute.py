@@ -33,6 +33,7 @@ from lorchestra.pipeline.training import (
     train,
 )
 from lorchestra.recipe.recipe import Recipe
+from lorchestra.recipe.suggestions import Suggestion, lines
 from lorchestra.recipe.unexpanded import Unexpanded, as_written, mask_of, masked
 from lorchestra.report.write import write_report
 from lorchestra.train.stage import StageInputs
@@ -51,6 +52,7 @@ class RunResult:
         readings: domain → how often its sealed test has been read so far, this verdict included.
         digests: step name → content digest of the adapter it made.
         report: ``report.html``.
+        suggestions: stage → what its examples settled, and the advice on how to judge with so many.
     """
 
     directory: Path
@@ -61,6 +63,7 @@ class RunResult:
     readings: Mapping[str, int]
     digests: Mapping[str, str]
     report: Path
+    suggestions: Mapping[str, tuple[Suggestion, ...]]
 
 
 @as_written
@@ -106,6 +109,7 @@ class _Run:
         choose_format(choose_device(self.recipe.device), self.recipe.dtype)  # a mistake there is told before any fetch
         self.reporter.event("run", recipe=self.recipe.name, version=version("lorchestra"))
         prepared = prepare(self.recipe, self.reporter)
+        self.recipe = prepared.recipe
         if self.recipe.evaluate.mixed_baseline:
             mixed_inputs(prepared, tokens=1)  # a mistake in what it needs is told before the stages are trained
         self.prepared = prepared
@@ -115,6 +119,8 @@ class _Run:
         self._note("data", "data", None)
         for line in prepared.check.warnings:
             self.reporter.say(f"warning: {line}")
+        for line in lines(prepared.suggestions):
+            self.reporter.say(line)
         trained = self._stages(prepared)
         adapters = {**prepared.adapters, **{name: found.adapter for name, found in trained.items()}}
         members = {name: adapters[name] for name in self.recipe.members}
@@ -168,6 +174,7 @@ class _Run:
             readings={row["domain"]: row["reads"] for row in judged.ledger} if judged else {},
             digests=digests,
             report=report,
+            suggestions=prepared.suggestions,
         )
 
     def _stages(self, prepared: Prepared) -> dict[str, Trained]:
@@ -237,6 +244,9 @@ class _Run:
             "seconds": round(time.time() - self.started, 1),
             "recipe_text": recipe.text,
             "settings": recipe.model_dump(mode="json"),
+            "settled": {
+                name: {found.key: found.said for found in stage} for name, stage in prepared.suggestions.items()
+            },
             **told,
             "base": {
                 **asdict(prepared.base),

@@ -33,6 +33,7 @@ from lorchestra.pipeline.training import Trained, context_of, load_trained, mixe
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.recipe.sections import Stage
 from lorchestra.recipe.sources import expand
+from lorchestra.recipe.suggestions import Suggestion
 from lorchestra.recipe.unexpanded import as_written
 from lorchestra.train.stage import StageInputs
 
@@ -87,6 +88,8 @@ class Plan:
         seconds: Σ over the steps, estimated; ``None`` while something is to be fetched.
         memory: the largest of the steps'.
         notes: how the estimates were made, and what should be looked at.
+        suggestions: stage → what its examples settle, and the advice on how to judge with so many; empty while
+            something is to be fetched.
     """
 
     recipe: str
@@ -99,6 +102,7 @@ class Plan:
     seconds: float | None
     memory: float | None
     notes: tuple[str, ...]
+    suggestions: Mapping[str, tuple[Suggestion, ...]]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -178,6 +182,7 @@ class _Planner:
             return
         started = time.perf_counter()
         self.prepared = prepare(self.recipe, SILENT, fetch=False)
+        self.recipe = self.prepared.recipe
         self._add(PlannedStep("data", "data", needs, "each run", seconds=time.perf_counter() - started))
         assert self.shape is not None  # the base is one of the sources
         self.machine = self.machine or measure(self.device, self.format.dtype, self.shape)
@@ -359,11 +364,15 @@ class _Planner:
             seconds=sum(step.seconds or 0.0 for step in steps) if self.costs else None,
             memory=memory,
             notes=tuple(self._notes(memory, ratio)),
+            suggestions=self.prepared.suggestions if self.prepared else {},
         )
 
     def _notes(self, memory: float | None, ratio: float) -> list[str]:
         if self.costs is None or self.machine is None:
-            return ["Something is to be fetched first; `lorchestra check` fetches it and looks at the data."]
+            notes = ["Something is to be fetched first; `lorchestra check` fetches it and looks at the data."]
+            if any(map(self.recipe.open_keys, self.recipe.stages)):
+                notes.append("Settings that the recipe leaves open are settled from the examples, once these are here.")
+            return notes
         if all(step.finished for step in self.steps):
             return ["Every step is cached: a run only writes its report."]
         notes = [self.costs.basis()]

@@ -32,6 +32,7 @@ from lorchestra.recipe.mistakes import targets_place
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.recipe.sections import DataEntry
 from lorchestra.recipe.sources import expand
+from lorchestra.recipe.suggestions import StageExamples, Suggestion, settle
 from lorchestra.recipe.unexpanded import as_written
 from lorchestra.recipe.words import Problem
 from lorchestra.train.lora import target_paths
@@ -42,7 +43,7 @@ class Prepared:
     """Everything that steps read.
 
     Args:
-        recipe: as written.
+        recipe: as written, and what it leaves open settled on its stages.
         directory: the base, a Hugging Face directory.
         base: its fingerprint.
         tokenizer: its tokenizer.
@@ -50,6 +51,7 @@ class Prepared:
         data: stage or extra domain → its data.
         check: what was found in the data.
         adapters: brought in from outside, by name.
+        suggestions: stage → what its examples settled, and the advice on how to judge with so many.
     """
 
     recipe: Recipe
@@ -60,6 +62,7 @@ class Prepared:
     data: Mapping[str, StageData]
     check: Check
     adapters: Mapping[str, Adapter]
+    suggestions: Mapping[str, tuple[Suggestion, ...]]
 
     @cached_property
     def base_digest(self) -> str:
@@ -110,7 +113,15 @@ def prepare(recipe: Recipe, reporter: Reporter = SILENT, fetch: bool = True) -> 
         data[extra] = _stage_data(recipe, extra, "sft", entries, renderer, lock, reporter, fetch)
     domains = [data[name] for name in recipe.evaluate.domains]
     check = check_data([data[stage.name] for stage in recipe.stages], renderer, spec, domains)
-    return Prepared(recipe, directory, base, tokenizer, renderer, data, check, adapters)
+    settled, suggestions = settle(recipe, {stage.name: examples_of(data[stage.name]) for stage in recipe.stages})
+    return Prepared(settled, directory, base, tokenizer, renderer, data, check, adapters, suggestions)
+
+
+def examples_of(data: StageData) -> StageExamples:
+    """What settles the open keys of a stage."""
+    train = data.rendered["train"]
+    learned = sum(item.supervised for item in train) / max(sum(len(item.branches) for item in train), 1)
+    return StageExamples(len(train), len(data.rendered["validation"]), len(data.rendered["test"]), learned)
 
 
 def _absent_modules(recipe: Recipe, model: Any) -> list[Problem]:

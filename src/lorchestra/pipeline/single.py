@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from lorchestra.pipeline.prepare import Prepared, prepare
 from lorchestra.pipeline.training import context_of, load_trained, stage_digest, stage_inputs, train
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.recipe.sections import Split
+from lorchestra.recipe.suggestions import Suggestion, lines
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Tuned:
         training: how it went (``training.json`` of the step).
         examples: part → number of examples.
         cached: it had been trained before.
+        suggestions: what the examples settled, and the advice on how to judge with so many.
     """
 
     directory: Path
@@ -39,6 +41,7 @@ class Tuned:
     training: Mapping[str, Any]
     examples: Mapping[str, int]
     cached: bool
+    suggestions: tuple[Suggestion, ...]
 
     @property
     def before(self) -> float | None:
@@ -54,7 +57,13 @@ class Tuned:
 
 
 def tune(
-    recipe: Recipe, out: Path, *, logs: Path, validation_optional: bool = False, reporter: Reporter = SILENT
+    recipe: Recipe,
+    out: Path,
+    *,
+    logs: Path,
+    validation_optional: bool = False,
+    reporter: Reporter = SILENT,
+    spelled: Callable[[str], str] = str,
 ) -> Tuned:
     """Train the only stage of ``recipe`` and put its adapter into ``out``.
 
@@ -66,6 +75,7 @@ def tune(
         logs: where trackers write, if the recipe reports to any.
         validation_optional: if there are too few examples to hold some back, train without validation.
         reporter: progress.
+        spelled: how keys of the recipe are called to the person who is watching.
 
     Raises:
         UserError: ``out`` is taken by something else; or what the sources, the data or the settings lack.
@@ -75,10 +85,12 @@ def tune(
     check_place(out)
     device = choose_device(recipe.device)
     held = choose_format(device, recipe.dtype)
-    stage = recipe.stages[0]
     prepared = _prepared(recipe, validation_optional, reporter)
+    recipe, stage = prepared.recipe, prepared.recipe.stages[0]
     for line in data_lines(prepared):
         reporter.say(line)
+    for line in lines(prepared.suggestions):
+        reporter.say(spelled(line))
     inputs = stage_inputs(prepared, stage, context_of(recipe, stage, prepared.adapters))
     digest = stage_digest(prepared, inputs, device.type, str(held))
     cache = StepCache(home() / "steps")
@@ -90,7 +102,7 @@ def tune(
         found = train(prepared, inputs, base, cache, digest, reporter, logs)
     found.adapter.save(out)
     counts = {part: len(items) for part, items in prepared.data[stage.name].splits.parts()}
-    return Tuned(out, found.adapter, found.training, counts, step is not None)
+    return Tuned(out, found.adapter, found.training, counts, step is not None, prepared.suggestions[stage.name])
 
 
 def check_place(out: Path) -> None:

@@ -18,9 +18,10 @@ from lorchestra.errors import UserError
 from lorchestra.events import Reporter
 from lorchestra.pipeline.cache import SCRATCH, Step, StepCache, step_digest, write_json
 from lorchestra.pipeline.lazy import LazyBase
-from lorchestra.pipeline.prepare import Prepared, rendered_digest
+from lorchestra.pipeline.prepare import Prepared, examples_of, rendered_digest
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.recipe.sections import Stage
+from lorchestra.recipe.suggestions import settle_stage
 from lorchestra.train.settings import ContextMember, LoraSettings, Objective, TrainSettings
 from lorchestra.train.stage import StageInputs, stage_lineage, train_stage
 
@@ -37,8 +38,9 @@ class Trained:
 
 
 def stage_inputs(prepared: Prepared, stage: Stage, context: Mapping[str, tuple[Adapter, ContextMember]]) -> StageInputs:
-    """What a stage of the recipe depends on."""
+    """What a stage of the recipe depends on; keys that it leaves open are settled from its data."""
     recipe, data = prepared.recipe, prepared.data[stage.name]
+    stage, _ = settle_stage(recipe, stage, examples_of(data))
     items = data.rendered["train"]
     return StageInputs(
         name=stage.name,

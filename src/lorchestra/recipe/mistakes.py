@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from lorchestra.recipe.sections import EITHER
+from lorchestra.recipe.sections import AUTO, EITHER
 from lorchestra.recipe.sources import variable_problem
 from lorchestra.recipe.words import Location, Problem, near, problems
 from lorchestra.train.context import final_weights
@@ -90,7 +90,7 @@ def how_long(recipe: Recipe) -> Iterable[Problem]:
     """``epochs`` or ``max_steps`` says how long to train, not both at one place."""
     both = "give epochs or max_steps, not both"
     for i, stage in enumerate(recipe.stages):
-        if all(stage.train.get(key) is not None for key in EITHER):
+        if all(stage.train.get(key) not in (None, AUTO) for key in EITHER):
             yield ("stages", i, "train"), both
     if recipe.train.max_steps is not None and recipe.train.epochs != TrainSettings.model_fields["epochs"].default:
         yield ("train",), both

@@ -6,12 +6,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    Field,
+    FieldSerializationInfo,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
 
 from lorchestra.errors import RecipeError
 from lorchestra.recipe.mistakes import mistakes
 from lorchestra.recipe.sections import (
+    AUTO,
     EITHER,
+    SETTLED,
     SHORTHAND,
     DataEntry,
     Deliver,
@@ -20,6 +30,7 @@ from lorchestra.recipe.sections import (
     Seeds,
     Split,
     Stage,
+    without_auto,
     without_empty,
 )
 from lorchestra.recipe.sources import source_problem
@@ -93,7 +104,21 @@ class Recipe(Settings):
     @model_validator(mode="before")
     @classmethod
     def _sections(cls, value: Any) -> Any:
-        return without_empty(value) if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        value = without_empty(value)
+        for section in SETTLED:
+            if isinstance(value.get(section), dict):
+                value[section] = without_auto(value[section], section)
+        return value
+
+    @field_serializer(*SETTLED, mode="wrap")
+    def _open(
+        self, settings: Settings, dump: SerializerFunctionWrapHandler, info: FieldSerializationInfo
+    ) -> dict[str, Any]:
+        """What the examples settle is no value of the recipe: it is dumped, and read again, as auto."""
+        open_here = [key for key in SETTLED[info.field_name] if key not in settings.model_fields_set]
+        return {**dump(settings), **dict.fromkeys(open_here, AUTO)}
 
     @property
     def directory(self) -> Path:
@@ -120,15 +145,28 @@ class Recipe(Settings):
         return next(stage for stage in self.stages if stage.name == name)
 
     def lora_of(self, stage: Stage) -> LoraSettings:
-        """The recipe's defaults with the stage's overrides."""
-        return LoraSettings.model_validate({**self.lora.model_dump(), **stage.lora})
+        """The recipe's defaults with the stage's overrides; what is open has the value of :class:`LoraSettings`."""
+        return LoraSettings.model_validate(without_auto({**self.lora.model_dump(), **stage.lora}, "lora"))
 
     def train_of(self, stage: Stage) -> TrainSettings:
         """The recipe's defaults with the stage's overrides; a stage's ``epochs`` undoes a default ``max_steps``."""
         defaults = self.train.model_dump()
         if "epochs" in stage.train:
             defaults["max_steps"] = None
-        return TrainSettings.model_validate({**defaults, **stage.train})
+        return TrainSettings.model_validate(without_auto({**defaults, **stage.train}, "train"))
+
+    def open_keys(self, stage: Stage) -> tuple[str, ...]:
+        """``lora.rank``, ``train.epochs`` …: what is set neither on the stage nor for all, and left to its examples.
+
+        A stage's ``auto`` undoes what is set for all. Where ``max_steps`` says how long to train, that is not open.
+        """
+        found = []
+        for section, keys in SETTLED.items():
+            given, own = getattr(self, section).model_fields_set, getattr(stage, section)
+            found += [f"{section}.{key}" for key in keys if own.get(key, None if key in given else AUTO) == AUTO]
+        if self.train_of(stage).max_steps is not None:
+            found = [key for key in found if key not in ("train.epochs", "train.patience")]
+        return tuple(found)
 
     def check_sources(self) -> None:
         """Before anything is fetched: are files there, sources in the grammar, mappings of columns sound?

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 SHORTHAND = ("epochs", "max_steps", "learning_rate")
 EITHER = {"epochs": "max_steps", "max_steps": "epochs"}  # one of them says how long to train
 
+# Keys that the examples settle where the recipe does not (see recipe/suggestions.py): not written, or written as auto.
+AUTO = "auto"
+SETTLED = {"lora": ("rank", "alpha", "dropout"), "train": ("epochs", "learning_rate", "patience")}
+
 Weights = Literal["search", "equal", "later", "specialised", "last"] | dict[str, float]
 
 
@@ -155,6 +159,11 @@ def data_entries(value: Any) -> Any:
     """A bare string, one mapping or a list of either, as a list of mappings."""
     values = value if isinstance(value, list | tuple) else [value]
     return [{"source": v} if isinstance(v, str) else v for v in values if v is not None]
+
+
+def without_auto(values: dict[Any, Any], section: str) -> dict[Any, Any]:
+    """The values of ``section`` (``lora``, ``train``) without keys that are left to the examples by the word auto."""
+    return {key: value for key, value in values.items() if not (value == AUTO and key in SETTLED[section])}
 
 
 def without_empty(values: dict[Any, Any]) -> dict[Any, Any]:

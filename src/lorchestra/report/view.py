@@ -54,7 +54,7 @@ def page(data: Mapping[str, Any]) -> dict[str, Any]:
         "checks": [_check(name, mapping(found)) for name, found in mapping(data.get("data")).items()],
         "steps": records(data.get("steps")),
         "digests": _digests(data, trained, fusion, evaluation),
-        "settings": flat(data.get("settings")),
+        "settings": [*flat(data.get("settings")), *flat({"settled": data.get("settled") or {}})],
         "recipe": str(data.get("recipe_text") or ""),
     }
 
