@@ -4,7 +4,7 @@
 
     python3 -m venv .venv-trl
     .venv-trl/bin/pip install 'torch>=2.6,<2.14' trl==1.16.0 peft==0.21.2 transformers==5.23.0
-    .venv-trl/bin/python benchmarks/peers/with_trl.py JOB OUT [--seed N] [--threads N] [--autocast] [--checkpointing]
+    .venv-trl/bin/python benchmarks/peers/with_trl.py JOB OUT [--seed N] [--threads N] [--no-autocast] [--checkpointing]
 
 ``JOB`` is what ``benchmarks/train.py`` writes (see ``benchmarks/train_parts.py``): the very token ids that lorchestra
 trains on. The last line printed is the result, as JSON.
@@ -30,9 +30,7 @@ def main() -> None:
     options.add_argument("out", type=Path)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--threads", type=int, default=2)
-    options.add_argument(
-        "--autocast", action="store_true", help="bf16=True, TRL's default, on top of the bfloat16 base"
-    )
+    options.add_argument("--no-autocast", action="store_true", help="bf16=False: the bfloat16 base, no autocast")
     options.add_argument("--checkpointing", action="store_true", help="gradient_checkpointing=True, TRL's default")
     asked = options.parse_args()
     job = json.loads(asked.job.read_text(encoding="utf-8"))
@@ -134,7 +132,7 @@ def train(job: Mapping[str, Any], asked: argparse.Namespace, scratch: str) -> di
     from transformers import AutoTokenizer, PrinterCallback
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    settings = settings_of(job, asked.seed, asked.autocast, asked.checkpointing)
+    settings = settings_of(job, asked.seed, not asked.no_autocast, asked.checkpointing)
     lora = job["lora"]
     adapter = LoraConfig(
         r=lora["rank"],
