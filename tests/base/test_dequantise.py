@@ -77,11 +77,18 @@ def test_methods_that_cannot_be_turned_back_are_named(tmp_path, method):
         dequantised(tmp_path / "base")
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "compressed-tensors"])
-def test_a_missing_library_is_named(tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "settings", "asks"),
+    [
+        ("bitsandbytes", {"load_in_4bit": True}, "bnb_4bit.is_bitsandbytes_available"),
+        ("compressed-tensors", {"config_groups": {}}, "compressed_tensors.is_compressed_tensors_available"),
+    ],
+)
+def test_a_missing_library_is_named(tmp_path, method, settings, asks, monkeypatch):
+    monkeypatch.setattr(f"transformers.quantizers.quantizer_{asks}", lambda *version: False)
     make_tiny_model().save_pretrained(tmp_path / "base")
     make_tiny_tokenizer().save_pretrained(tmp_path / "base")
-    quantise(tmp_path / "base", quant_method=method, load_in_4bit=True, config_groups={})
+    quantise(tmp_path / "base", quant_method=method, **settings)
     with pytest.raises(SourceError, match=rf"{method}"):
         dequantised(tmp_path / "base")
     assert not list((home() / "bases").glob("base-*-v1"))
