@@ -98,6 +98,34 @@ def test_plan_run_plan_and_talk_to_the_result(lorchestra, recipe, tmp_path):
     assert answer.code == 0, answer.err
 
 
+def test_what_is_settled_is_told_everywhere(lorchestra, recipe, tmp_path):
+    recipe.write_text(recipe.read_text().replace("lora: {rank: 2, alpha: 4}\n", "lora: {alpha: 4}\n"))
+    few = ("--set", "fusion.weights=equal", "--set", "deliver.merged=false", "--set", "evaluate.samples=0")
+    lines = []
+    for verb in ("check", "plan", "run"):
+        told = lorchestra(verb, "recipe.yaml", *few)
+        assert told.code == 0, told.err
+        shown = [" ".join(line.split()) for line in (told.out + told.err).splitlines()]
+        start = shown.index("not set, so settled from the examples (set a key to choose otherwise):")
+        lines.append(" ".join(shown[start : start + 12]))
+        for stage in ("general", "preference"):
+            assert f"{stage}: lora.rank 4 (" in lines[-1], verb
+            assert f"{stage}: lora.dropout 0.1 (" in lines[-1], verb
+        assert "lora.alpha" not in lines[-1], "it is set"
+        assert "learning_rate" not in lines[-1], "it is set"
+        found = json.loads(lorchestra(verb, "recipe.yaml", "--json", *few).out)["suggestions"]
+        assert [row["key"] for row in found["general"]] == ["lora.rank", "lora.dropout", "folds"]
+    report = json.loads((tmp_path / "runs" / "tiny" / "report.json").read_text())
+    assert [stage["lora"]["rank"] for stage in report["stages"]] == [4, 4]
+    assert report["settings"]["lora"]["rank"] == "auto"
+    assert report["settings"]["stages"][0]["lora"] == {"rank": 4, "dropout": 0.1}
+    assert report["settled"]["general"]["lora.rank"].startswith("4 (")
+    assert "settled.general.lora.rank" in (tmp_path / "runs" / "tiny" / "report.html").read_text()
+    untold = lorchestra("plan", "recipe.yaml", "--set", "lora.rank=2", "--set", "lora.dropout=0")
+    assert "lora.rank" not in untold.out
+    assert "not set" not in untold.out
+
+
 def test_run_prints_json(lorchestra, recipe, tmp_path):
     told = lorchestra("run", "recipe.yaml", "--run-dir", "elsewhere", "--json", "--set", "stages.0.max_steps=2",
                       "--set", "deliver.merged=false", "--set", "fusion.weights=last")  # fmt: skip

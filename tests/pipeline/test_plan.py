@@ -260,6 +260,32 @@ def test_a_base_that_is_here_gives_its_numbers_without_the_data(finished, same_h
     assert found.step("preference").outlook.steps == 3
 
 
+def test_what_the_examples_will_settle_is_left_out_until_they_are_here(finished, same_home, no_network):
+    where, recipe, before = finished
+    changed = values(recipe.base, lora={}, train={"batch_size": 8})
+    here = plan(Recipe.from_dict(changed, where), MACHINE)
+    outlook = here.step("general").outlook
+    assert (outlook.rank, outlook.steps) == (4, 6 * -(-outlook.examples["train"] // 8))
+    assert outlook.trainable == 2 * before.step("general").outlook.trainable
+    assert [found.key for found in here.suggestions["clinic"]][:2] == ["lora.dropout", "train.epochs"], (
+        "its rank is set"
+    )
+    assert json.loads(json.dumps(here.as_dict()))["suggestions"]["general"][0]["key"] == "lora.rank"
+    changed["stages"][1]["data"] = "hf:nobody/data/x.jsonl"
+    away = plan(Recipe.from_dict(changed, where), MACHINE)
+    outlook = away.step("general").outlook
+    assert sum(outlook.examples.values()) == 50
+    assert (outlook.rank, outlook.steps, outlook.trainable) == (None, None, None)
+    assert outlook.scale == pytest.approx(16 / 8**0.5), "it is kept at any rank"
+    assert away.step("clinic").outlook.rank == 3
+    assert away.step("preference").outlook.steps == 3
+    assert away.suggestions == {}
+    assert "settled from the examples" in away.notes[1]
+    changed["lora"] = {"alpha": 4}
+    outlook = plan(Recipe.from_dict(changed, where), MACHINE).step("general").outlook
+    assert (outlook.rank, outlook.scale) == (None, None)
+
+
 def test_estimates_follow_the_machine_and_the_work(finished, same_home, monkeypatch, tmp_path):
     where, recipe, before = finished
     monkeypatch.setenv("LORCHESTRA_HOME", str(tmp_path / "empty"))

@@ -16,7 +16,8 @@ from lorchestra.base.fingerprint import fingerprint
 from lorchestra.base.home import home
 from lorchestra.errors import RecipeError, SourceError
 from lorchestra.events import Silent
-from lorchestra.pipeline.prepare import prepare
+from lorchestra.pipeline.prepare import examples_of, prepare
+from lorchestra.pipeline.training import mixed_inputs, stage_digest, stage_inputs
 from lorchestra.recipe.recipe import Recipe
 
 COMMIT = "a" * 40
@@ -147,3 +148,39 @@ def test_last_without_the_context_of_an_adapter_is_told_before_training(tiny_dir
         "recipe.yaml:6: fusion.weights: 'old' was trained beside gone, which are not all members; make them members of "
         "the fusion, or give weights"
     )
+
+
+def test_what_the_examples_settle_is_the_step_that_the_same_values_written_out_are(tmp_path, tiny_dir):
+    """Also of a stage that is handed over as the recipe has it, and of the mixed baseline."""
+    open_one = written(tmp_path, tiny_dir)
+    prepared = prepare(open_one)
+    stage = prepared.recipe.stages[0]
+    assert {found.key: found.value for found in prepared.suggestions["a"]}["lora.rank"] == 4
+    assert not prepared.recipe.open_keys(stage)
+    assert prepared.recipe.text == open_one.text, "as it was written"
+    by_hand = "lora: {rank: 4, alpha: 11.31370849898476, dropout: 0.1}, epochs: 6, learning_rate: 5e-4"
+    explicit = prepare(written(tmp_path, tiny_dir, stage=f", {by_hand}, train: {{patience: 3}}"))
+    assert [found.key for found in explicit.suggestions["a"]] == ["folds"]
+
+    def digests(of, stage):
+        inputs = (stage_inputs(of, stage, {}), mixed_inputs(of, tokens=10_000))
+        return [stage_digest(of, one, "cpu", "float32") for one in inputs]
+
+    expected = digests(explicit, explicit.recipe.stages[0])
+    assert digests(prepared, stage) == expected
+    assert digests(prepared, open_one.stages[0]) == expected
+
+
+def test_tokens_to_learn_are_counted_by_answer(tmp_path, tiny_dir):
+    """Bytes are tokens of the tiny tokenizer; a long answer is repeated less often, and a pair has two."""
+    for length, epochs in ((31, 6.0), (32, 4.0)):  # and the end of the turn
+        rows = [json.dumps({"prompt": f"question {i}?", "completion": "y" * length}) for i in range(40)]
+        file = written(tmp_path, tiny_dir).path
+        (tmp_path / "data.jsonl").write_text("\n".join(rows))
+        prepared = prepare(Recipe.load(file))
+        assert examples_of(prepared.data["a"]).tokens == length + 1
+        assert prepared.recipe.train_of(prepared.recipe.stages[0]).epochs == epochs
+    rows = [json.dumps({"prompt": f"question {i}?", "chosen": "y" * 9, "rejected": "n" * 19}) for i in range(40)]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    pairs = prepare(Recipe.load(file, ["stages.a.task=dpo", "fusion.weights=equal"]))
+    assert examples_of(pairs.data["a"]).tokens == 15
