@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorchestra.cli.completion import recipes
+from lorchestra.cli.completion import among, recipes
 from lorchestra.cli.options import Json
-from lorchestra.errors import Interrupted, counted
+from lorchestra.errors import Interrupted, UserError, counted
 
 if TYPE_CHECKING:
     from lorchestra.pipeline.execute import RunResult
@@ -42,6 +42,31 @@ def run(
     run_dir: Annotated[
         Path | None, typer.Option("--run-dir", metavar="DIR", help="Where results go.", show_default="runs/NAME")
     ] = None,
+    matrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--matrix",
+            metavar="TABLE",
+            help="Departments (CSV, a name and data each): the last stage is trained for each of them.",
+            show_default=False,
+            rich_help_panel="Departments",
+        ),
+    ] = None,
+    executor: Annotated[
+        str,
+        typer.Option(
+            "--executor",
+            help="Where departments are trained: local, or ray (RAY_ADDRESS).",
+            autocompletion=among("local", "ray"),
+            rich_help_panel="Departments",
+        ),
+    ] = "local",
+    jobs: Annotated[
+        int,
+        typer.Option(
+            "--jobs", "-j", min=1, help="Departments at a time; each holds the base.", rich_help_panel="Departments"
+        ),
+    ] = 1,
     wait: Annotated[bool, typer.Option("--wait", help="If the directory is in use, wait for it.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -54,7 +79,16 @@ def run(
     `lorchestra run recipe.yaml`
 
     `lorchestra run recipe.yaml --set stages.0.epochs=1 --set fusion.weights=equal --run-dir runs/quick`
+
+    `lorchestra run recipe.yaml --matrix departments.csv --jobs 2`
     """
+    if matrix is not None:
+        from lorchestra.cli.departments import run_departments
+
+        run_departments(recipe, matrix, overrides, run_dir, executor, jobs, wait, as_json)
+        return
+    if (executor, jobs) != ("local", 1):
+        raise UserError("--executor and --jobs belong to --matrix: a recipe alone trains one stage after the other")
     loaded = _load(recipe, overrides)
     from lorchestra.cli.progress import make_reporter
 

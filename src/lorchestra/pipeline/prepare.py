@@ -89,7 +89,7 @@ def prepare(recipe: Recipe, reporter: Reporter = SILENT, fetch: bool = True) -> 
     # Adapters record it, to find their base again; as it was written, where the environment has a part in it.
     name = str(path.resolve()) if path.exists() and source == recipe.base else recipe.base
     base = fingerprint(directory, name, reporter)
-    lock = SourceLock(recipe.path.with_suffix(".lock.json"), reporter, enters=fetch) if recipe.path else None
+    lock = _lock(recipe, reporter, fetch)
     _pin(lock, recipe, recipe.base, base.weights)
     model = empty_model(directory)
     recipe.refuse(_absent_modules(recipe, model))
@@ -104,17 +104,57 @@ def prepare(recipe: Recipe, reporter: Reporter = SILENT, fetch: bool = True) -> 
     renderer = Renderer(tokenizer, recipe.max_length, recipe.supervise)
     for note in renderer.notes:
         reporter.say(f"note: {note}")
+    data, check = _examples(recipe, renderer, lock, reporter, fetch, {})
+    settled, suggestions = settle(recipe, {stage.name: examples_of(data[stage.name]) for stage in recipe.stages})
+    return Prepared(settled, directory, base, tokenizer, renderer, data, check, adapters, suggestions)
+
+
+@as_written
+def prepare_beside(recipe: Recipe, known: Prepared, reporter: Reporter = SILENT) -> Prepared:
+    """:func:`prepare` for a recipe that differs from the one of ``known`` in its stages alone.
+
+    Base, tokenizer and adapters are taken over, and so are the data of stages that both have.
+
+    Raises:
+        SourceError, DataError, RecipeError: as :func:`prepare`.
+    """
+    recipe.check_sources()
+    recipe.refuse(_absent_modules(recipe, empty_model(known.directory)))
+    before = {stage.name: stage for stage in known.recipe.stages}
+    same = {
+        stage.name: known.data[stage.name]
+        for stage in recipe.stages
+        if stage.name in before and (stage.data, stage.task) == (before[stage.name].data, before[stage.name].task)
+    }
+    lock = _lock(recipe, reporter, True)
+    data, check = _examples(recipe, known.renderer, lock, reporter, True, same)
+    settled, suggestions = settle(recipe, {stage.name: examples_of(data[stage.name]) for stage in recipe.stages})
+    return replace(known, recipe=settled, data=data, check=check, suggestions=suggestions)
+
+
+def _examples(
+    recipe: Recipe,
+    renderer: Renderer,
+    lock: SourceLock | None,
+    reporter: Reporter,
+    fetch: bool,
+    known: Mapping[str, StageData],
+) -> tuple[dict[str, StageData], Check]:
+    """The data of stages and domains, but for those that are ``known``; and what was found in them together."""
     data = {
-        stage.name: _stage_data(recipe, stage.name, stage.task, stage.data, renderer, lock, reporter, fetch)
+        stage.name: known.get(stage.name)
+        or _stage_data(recipe, stage.name, stage.task, stage.data, renderer, lock, reporter, fetch)
         for stage in recipe.stages
     }
-    spec = split_spec(recipe)
     for extra, entries in recipe.evaluate.domains.items():
         data[extra] = _stage_data(recipe, extra, "sft", entries, renderer, lock, reporter, fetch)
     domains = [data[name] for name in recipe.evaluate.domains]
-    check = check_data([data[stage.name] for stage in recipe.stages], renderer, spec, domains)
-    settled, suggestions = settle(recipe, {stage.name: examples_of(data[stage.name]) for stage in recipe.stages})
-    return Prepared(settled, directory, base, tokenizer, renderer, data, check, adapters, suggestions)
+    return data, check_data([data[stage.name] for stage in recipe.stages], renderer, split_spec(recipe), domains)
+
+
+def _lock(recipe: Recipe, reporter: Reporter, enters: bool) -> SourceLock | None:
+    """Of a recipe that lies in a file."""
+    return SourceLock(recipe.path.with_suffix(".lock.json"), reporter, enters=enters) if recipe.path else None
 
 
 def examples_of(data: StageData) -> StageExamples:

@@ -49,14 +49,15 @@ class Trainer:
     def earlier(self, prepared: Prepared, name: str, base: LazyBase) -> dict[str, Adapter]:
         """Adapters of the stages that the context of stage ``name`` rests on, trained once."""
         needed = _needed(prepared.recipe, name)
-        return self.stages(prepared, base, [stage.name for stage in prepared.recipe.stages if stage.name in needed])
+        names = [stage.name for stage in prepared.recipe.stages if stage.name in needed]
+        return {name: found.adapter for name, found in self.stages(prepared, base, names).items()}
 
-    def stages(self, prepared: Prepared, base: LazyBase, names: list[str]) -> dict[str, Adapter]:
-        """Adapters of the stages ``names``, in the recipe's order; each one's context is among those before it."""
-        trained: dict[str, Adapter] = {}
+    def stages(self, prepared: Prepared, base: LazyBase, names: list[str]) -> dict[str, Trained]:
+        """The stages ``names``, in the recipe's order; each one's context is among those before it."""
+        trained: dict[str, Trained] = {}
         for name in names:
-            inputs = self.inputs(prepared, name, trained)
-            trained[name] = self.train(prepared, inputs, base, self.digest(prepared, inputs, base)).adapter
+            inputs = self.inputs(prepared, name, {key: found.adapter for key, found in trained.items()})
+            trained[name] = self.train(prepared, inputs, base, self.digest(prepared, inputs, base))
         return trained
 
     def inputs(self, prepared: Prepared, name: str, trained: dict[str, Adapter]) -> StageInputs:

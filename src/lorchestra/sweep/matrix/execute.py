@@ -1,0 +1,225 @@
+"""A matrix: shared stages once, every department's last stage, each delivered under its own name, one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lorchestra.adapter.adapter import Adapter
+from lorchestra.base.home import write_whole
+from lorchestra.base.load import choose_device, choose_format
+from lorchestra.errors import Interrupted, counted
+from lorchestra.events import SILENT, Reporter
+from lorchestra.pipeline.cache import run_lock, storage, write_json
+from lorchestra.pipeline.cache import sweep as tidy
+from lorchestra.pipeline.delivering import place_with_lineage
+from lorchestra.pipeline.journal import Journal
+from lorchestra.recipe.sources import masking
+from lorchestra.recipe.unexpanded import Unexpanded, masked
+from lorchestra.report.departments import render_departments
+from lorchestra.sweep.executors import check_executor, executor
+from lorchestra.sweep.matrix.outcome import Outcome, remarks
+from lorchestra.sweep.matrix.rows import Department, Matrix
+from lorchestra.sweep.matrix.worker import DepartmentWorker
+
+
+@dataclass(frozen=True)
+class MatrixResult:
+    """What a matrix came to.
+
+    Args:
+        directory: ``departments/<name>/adapter``, ``departments.json``, ``departments.html``, ``adapters/``,
+            ``events.jsonl``.
+        recipe: its name.
+        context: the last stage has one.
+        shared: stage → content digest.
+        base: fingerprint of the base.
+        left_out: what the recipe asks for and departments do not get.
+        outcomes: in the table's order.
+        remarks: department → what should be known beside its figures.
+        page: ``departments.html``.
+    """
+
+    directory: Path
+    recipe: str
+    context: bool
+    shared: Mapping[str, str]
+    base: Mapping[str, str]
+    left_out: tuple[str, ...]
+    outcomes: tuple[Outcome, ...]
+    remarks: Mapping[str, tuple[str, ...]]
+    page: Path
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Departments that were not delivered."""
+        return tuple(outcome.name for outcome in self.outcomes if outcome.state != "done")
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able: ``departments.json``."""
+        return {
+            "recipe": self.recipe,
+            "base": dict(self.base),
+            "shared": dict(self.shared),
+            "context": self.context,
+            "left_out": list(self.left_out),
+            "departments": {
+                outcome.name: {
+                    **outcome.as_dict(),
+                    "adapter": _adapter(outcome.name) if outcome.state == "done" else None,
+                    "remarks": list(self.remarks[outcome.name]),
+                }
+                for outcome in self.outcomes
+            },
+        }
+
+
+def run_matrix(
+    matrix: Matrix,
+    *,
+    directory: Path | None = None,
+    kind: str = "local",
+    jobs: int = 1,
+    reporter: Reporter = SILENT,
+    inside: Reporter | None = None,
+    wait: bool = False,
+) -> MatrixResult:
+    """Carry out a matrix; finished departments are reused, an unfinished one goes on where it stopped.
+
+    A department that cannot be trained is told with its reason, and the others go on.
+
+    Args:
+        matrix: see :meth:`Matrix.load`.
+        directory: of the results; ``runs/<recipe name>`` under the working directory by default.
+        kind: ``local`` or ``ray``.
+        jobs: departments at a time.
+        reporter: progress.
+        inside: progress within a department; ``reporter`` unless given.
+        wait: wait for another run in the same directory instead of refusing.
+
+    Raises:
+        UserError: something in the shared part of the recipe, its sources or its data is to be mended.
+        TrainingError: a shared stage could not be trained.
+        StorageError: the disk is full or cannot be written.
+    """
+    check_executor(kind)
+    recipe = matrix.shared()
+    where = (directory or Path("runs") / recipe.name).resolve()
+    texts = [text for _, text, _, _ in recipe.sources()]
+    mask = masking([*texts, *(override for row in matrix.departments for override in row.overrides)])
+    with storage(where), run_lock(where, wait, reporter.say):
+        tidy(where)
+        with (
+            closing(Journal(reporter, where / "events.jsonl")) as journal,
+            closing(Journal(inside or reporter, where / "events.jsonl")) as quiet,
+        ):
+            try:
+                choose_format(choose_device(recipe.device), recipe.dtype)  # a mistake there is told before any fetch
+                return _Run(matrix, where, kind, jobs, Unexpanded(journal, mask), Unexpanded(quiet, mask)).go()
+            except KeyboardInterrupt:
+                raise Interrupted(
+                    "stopped; finished departments are kept, and the same command goes on from there"
+                ) from None
+
+
+class _Run:
+    def __init__(
+        self, matrix: Matrix, directory: Path, kind: str, jobs: int, reporter: Unexpanded, inside: Reporter
+    ) -> None:
+        self.matrix = matrix
+        self.directory = directory
+        self.kind, self.jobs = kind, jobs
+        self.reporter, self.inside = reporter, inside
+        self.found: dict[str, Outcome] = {}
+
+    def go(self) -> MatrixResult:
+        """Shared stages, then every row."""
+        matrix, left_out = self.matrix, tuple(self.matrix.left_out())
+        for line in left_out:
+            self.reporter.say(f"note: {line}")
+        worker = DepartmentWorker(matrix, self.reporter)
+        prepared, stages = worker.shared()
+        for line in prepared.check.warnings:
+            self.reporter.say(f"warning: {line}")
+        for name, trained in stages.items():
+            own = self.directory / "adapters" / name
+            place_with_lineage(trained.step.directory / "adapter", own, trained.adapter.lineage)
+        if (self.kind, self.jobs) != ("local", 1):
+            worker.trainer.release()  # the others hold it
+        worker.quieten(self.inside)
+        context = bool(matrix.recipe_of(matrix.departments[0]).stage(matrix.stage).context)
+        shared = {name: trained.adapter.digest for name, trained in stages.items()}
+        start = MatrixResult(
+            self.directory, prepared.recipe.name, context, shared, asdict(prepared.base), left_out, (), {},
+            self.directory / "departments.html",
+        )  # fmt: skip
+        total = len(matrix.departments)
+        with (
+            executor(self.kind, worker, self.jobs, self.reporter) as run,
+            self.reporter.task("departments", total, "department") as task,
+        ):
+            for number, (department, outcome) in enumerate(run.run(matrix.departments), start=1):
+                self._publish(outcome)
+                self.reporter.event("department", number=number, total=total, **_brief(outcome))
+                self.reporter.say(f"{number}/{total} {department.name}: {_line(outcome)}")
+                task.advance()
+                self._write(start)
+        return self._write(start)
+
+    def _publish(self, outcome: Outcome) -> None:
+        """Put the adapter under the department's name, with where it comes from and how it did."""
+        self.found[outcome.name] = outcome
+        if outcome.state != "done":
+            return
+        source = Path(outcome.directory) / "adapter"
+        metrics = {"validation_loss": outcome.after, **{test.metric: test.as_dict() for test in outcome.tests}}
+        lineage = Adapter.load(source).lineage
+        told = replace(lineage, data=dict(outcome.data), metrics=metrics)
+        place_with_lineage(source, self.directory / _adapter(outcome.name), told)
+
+    def _write(self, start: MatrixResult) -> MatrixResult:
+        """Results so far."""
+        rows: list[Department] = [row for row in self.matrix.departments if row.name in self.found]
+        outcomes = tuple(self.found[row.name] for row in rows)
+        result = replace(start, outcomes=outcomes, remarks=remarks(outcomes, start.context))
+        made = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "lorchestra": version("lorchestra")}
+        told = masked(
+            self.reporter.mask, {**made, "departments_in_all": len(self.matrix.departments), **result.as_dict()}
+        )
+        write_json(self.directory / "departments.json", told)
+        write_whole(result.page, render_departments(told))
+        return result
+
+
+def _adapter(name: str) -> str:
+    return f"departments/{name}/adapter"
+
+
+def _brief(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "name": outcome.name,
+        "state": outcome.state,
+        "reason": outcome.reason,
+        "digest": outcome.digest,
+        "cached": outcome.cached,
+        "seconds": round(outcome.seconds, 2),
+    }
+
+
+def _line(outcome: Outcome) -> str:
+    if outcome.state != "done":
+        return f"{outcome.state}: {outcome.reason}"
+    parts = [counted(outcome.examples["train"], "example")]
+    if outcome.before is not None and outcome.after is not None:
+        parts.append(f"validation loss {outcome.before:.3f} → {outcome.after:.3f}")
+    if (test := outcome.test) is not None:
+        models = test.models
+        parts.append(
+            f"test {test.metric.replace('_', ' ')} {models['base'].estimate:.3f} → {models['delivered'].estimate:.3f}"
+        )
+    return ", ".join([*parts, "done before" if outcome.cached else f"{outcome.seconds:.0f} s"])
