@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 
 import peft
 import pytest
@@ -17,8 +18,15 @@ from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.lineage import BaseId
 from lorchestra.bank import Bank
 from lorchestra.base import nf4
+from lorchestra.base.home import home
 from lorchestra.base.load import load_base
 from lorchestra.evaluate.parity import logits_of
+from lorchestra.evaluate.score import Scores, score
+from lorchestra.pipeline.choosing import domains_of
+from lorchestra.pipeline.execute import run as run_recipe
+from lorchestra.pipeline.plan import plan
+from lorchestra.pipeline.prepare import prepare
+from lorchestra.recipe.recipe import Recipe
 from lorchestra.train.settings import ContextMember, Objective
 from lorchestra.train.stage import frozen_digest
 
@@ -147,3 +155,32 @@ def test_modules_that_a_base_stores_transposed_stay_told_apart(device, tmp_path)
     assert "transformer.h.0.attn.c_proj" in made.transposed
     plain = Bank(load_base(tmp_path / "gpt2", device=str(device), dtype="float32").model, BaseId())
     plain.load("a", Adapter(made.modules, transposed=made.transposed))
+
+
+@pytest.mark.slow
+def test_a_run_trains_on_it_and_is_judged_on_the_base_itself(device, plain, tmp_path):
+    if device.type == NAME:
+        pytest.skip("bitsandbytes has no kernels for a device that is pretended")
+    chance = random.Random(0)
+    rows = [{"prompt": f"q{i} {chance.randrange(999)}", "completion": f"a {chance.randrange(9)}"} for i in range(40)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = Recipe.from_dict(
+        {
+            "name": "packed", "base": str(plain), "dtype": "nf4", "device": str(device),
+            "train": {"max_steps": 3, "batch_size": 4}, "lora": {"rank": 2, "alpha": 4},
+            "stages": [{"name": "s", "data": "d.jsonl"}], "evaluate": {"samples": 0},
+        },
+        tmp_path,
+    )  # fmt: skip
+    done = run_recipe(recipe, directory=tmp_path / "out")
+    report = json.loads(done.report.with_suffix(".json").read_text())
+    assert report["base"]["dtype"].startswith("nf4 (")
+    assert any("on the base in nf4" in note for note in report["verdict"]["notes"])
+    assert report["merge"]["parity"] < 0.05
+    ours = [step for step in plan(recipe).steps if step.kind not in ("source", "data")]
+    assert {step.name for step in ours} >= {"s", "fuse", "merge", "evaluate"}
+    assert {step.state for step in ours} == {"cached"}, "plan and run mean the same steps"
+    scores = json.loads(next((home() / "steps").glob("evaluate-*/scores.json")).read_text())
+    bare = load_base(plain, device=str(device))
+    expected = score(bare.model, domains_of(prepare(recipe), "test", None, choices=True)["s"], bare.pad_id)
+    assert Scores.from_dict(scores["base"]["s"]).sums == expected.sums, "the base itself, not its 4 bits"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.bank import Bank
 from lorchestra.base.home import home
-from lorchestra.base.load import choose_device, choose_dtype
+from lorchestra.base.load import choose_device, choose_format
 from lorchestra.evaluate.score import Domain, Kind, Scores, make_domain, score
 from lorchestra.events import SILENT, Reporter
 from lorchestra.pipeline.cache import StepCache
@@ -32,7 +32,7 @@ class Trainer:
     def base(self, prepared: Prepared) -> LazyBase:
         """The base of ``prepared``; another one that was in memory is released."""
         recipe = prepared.recipe
-        choose_dtype(choose_device(recipe.device), recipe.dtype)
+        choose_format(choose_device(recipe.device), recipe.dtype)
         key = (prepared.base.weights, recipe.device, recipe.dtype)
         if key not in self._bases:
             self.release()
