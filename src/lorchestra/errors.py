@@ -48,23 +48,33 @@ class TrainingError(LorchestraError):
 
 
 class DivergedError(TrainingError):
-    """A loss or gradient that is not finite at ``step``."""
+    """A loss or gradient that is not finite.
 
-    def __init__(self, message: str, step: int) -> None:
+    Args:
+        message: what happened.
+        step: where.
+        steps: of the whole.
+        validation: step and loss of the validations before it.
+    """
+
+    def __init__(self, message: str, step: int, steps: int = 0, validation: tuple[tuple[int, float], ...] = ()) -> None:
         super().__init__(message)
-        self.step = step
+        self.step, self.steps, self.validation = step, steps, validation
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:  # it is raised in other processes too
+        return type(self), (str(self), self.step, self.steps, self.validation)
 
 
 class PausedError(LorchestraError):
     """A stage that was asked to pause has done so: its checkpoint is kept, and training again goes on from there.
 
     Args:
-        step: the last step that is done.
+        step: of the validation at which it was to pause.
         steps: of the whole.
-        loss: the last validation loss, if there is one.
+        loss: of the validation there.
     """
 
-    def __init__(self, step: int, steps: int, loss: float | None) -> None:
+    def __init__(self, step: int, steps: int, loss: float) -> None:
         super().__init__(f"paused after step {step} of {steps}")
         self.step, self.steps, self.loss = step, steps, loss
 

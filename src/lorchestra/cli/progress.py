@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from lorchestra.events import Task
+from lorchestra.events import SILENT, Task
 
 # Plain lines: often enough to see that it lives, seldom enough for a log file.
 SECONDS_BETWEEN_LINES = 10.0
@@ -166,6 +166,15 @@ class BarReporter:
 
     @contextmanager
     def task(self, name: str, total: float | None = None, unit: str = "it") -> Iterator[Task]:
+        with self.passing(name, total, unit) as task:
+            yield task
+        meter = task.meter
+        parts = [meter.count(), *meter.said(), duration(meter.elapsed)]
+        self.say(f"{name}: " + ", ".join(part for part in parts if part))
+
+    @contextmanager
+    def passing(self, name: str, total: float | None = None, unit: str = "it") -> Iterator[_BarTask]:
+        """A task that leaves nothing behind when it ends."""
         from rich.markup import escape
 
         if self._running == 0:
@@ -173,18 +182,13 @@ class BarReporter:
         self._running += 1
         meter = Meter(name, total, unit)
         bar = self.progress.add_task(escape(name), total=total, meter=meter)
-        finished = False
         try:
             yield _BarTask(self.progress, bar, meter)
-            finished = True
         finally:
             self.progress.remove_task(bar)
             self._running -= 1
             if self._running == 0:
                 self.progress.stop()
-            if finished:
-                parts = [meter.count(), *meter.said(), duration(meter.elapsed)]
-                self.say(f"{name}: " + ", ".join(part for part in parts if part))
 
     def event(self, kind: str, /, **fields: Any) -> None:
         return None
@@ -207,6 +211,22 @@ class _WithoutLines:
 def without_lines(reporter: LineReporter | BarReporter) -> _WithoutLines:
     """``reporter`` for a verb that prints its findings itself, in the end."""
     return _WithoutLines(reporter)
+
+
+class _Within:
+    """What goes on inside one of many pieces of work: a live bar where there is a terminal, and nothing that stays."""
+
+    def __init__(self, reporter: LineReporter | BarReporter) -> None:
+        self.task = reporter.passing if isinstance(reporter, BarReporter) else SILENT.task
+        self.event = reporter.event
+
+    def say(self, text: str) -> None:
+        return None
+
+
+def within(reporter: LineReporter | BarReporter) -> _Within:
+    """``reporter`` for the inside of one of many trainings: whoever has them done tells each in a line."""
+    return _Within(reporter)
 
 
 def make_reporter() -> LineReporter | BarReporter:

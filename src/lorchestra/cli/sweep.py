@@ -12,6 +12,7 @@ import typer
 from lorchestra.cli import terminal
 from lorchestra.cli.completion import among, recipes
 from lorchestra.cli.options import Json
+from lorchestra.errors import counted
 
 if TYPE_CHECKING:
     from lorchestra.sweep.execute import SweepResult
@@ -62,10 +63,13 @@ def sweep(
     from lorchestra.sweep.spec import SweepSpec
 
     loaded = SweepSpec.load(spec, overrides or ())
-    from lorchestra.cli.progress import make_reporter
+    from lorchestra.cli.progress import make_reporter, within
     from lorchestra.sweep.execute import run_sweep
 
-    result = run_sweep(loaded, directory=output_dir, kind=executor, jobs=jobs, reporter=make_reporter(), wait=wait)
+    reporter = make_reporter()
+    result = run_sweep(
+        loaded, directory=output_dir, kind=executor, jobs=jobs, reporter=reporter, inside=within(reporter), wait=wait
+    )
     if as_json:
         told = {key: value for key, value in result.as_dict().items() if key not in ("cells", "start")}
         typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
@@ -75,6 +79,8 @@ def sweep(
 
 def _show(result: SweepResult) -> None:
     from rich.table import Table
+
+    from lorchestra.sweep.cells import called
 
     console = terminal.console(markup=False)
     axes = list(result.spec.axes)
@@ -90,9 +96,11 @@ def _show(result: SweepResult) -> None:
         console.print(f"before training: test {metric} {_number(result.start.score, '.3f')}")
     console.print()
     for data, found in result.advice:
-        condition = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in data.items())
+        condition = ", ".join(called(data))
         console.print(f"{condition}: {found.sentence}" if condition else found.sentence)
         console.print(found.rests_on)
+    if result.readings:
+        console.print(f"sealed test: read {counted(result.readings, 'time')} so far, by these trainings and any others")
     console.print(f"page: {result.page}")
 
 

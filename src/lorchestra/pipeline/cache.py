@@ -81,7 +81,7 @@ def storage(where: Path) -> Iterator[None]:
         advice = (
             "Free some space and run again; finished steps are kept"
             if number in _FULL
-            else "Choose a directory that can be written (LORCHESTRA_HOME for the cache, --run-dir for the run)"
+            else "Choose a directory that can be written (LORCHESTRA_HOME for the cache, --run-dir or --output_dir for the results)"
         )
         raise StorageError(f"{why}: {getattr(error, 'filename', None) or where}. {advice}") from error
 
@@ -313,7 +313,7 @@ def run_lock(directory: Path, wait: bool, waiting: Callable[[str], None]) -> Ite
             who = "another process"
         if not wait:
             raise UserError(
-                f"{directory} is in use by {who}; wait for it, or use --wait or another --run-dir"
+                f"{directory} is in use by {who}; wait for it, or use --wait or another --run-dir (of a sweep, --output_dir)"
             ) from None
         waiting(f"{directory} is in use by {who}; waiting for it to end")
         lock.acquire()

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from lorchestra.errors import counted
-from lorchestra.recipe.words import shown
+from lorchestra.sweep.cells import called
 from lorchestra.sweep.table import Row
 
 FEW_SEEDS = 3
@@ -54,7 +54,7 @@ def advise(rows: Sequence[Row], examples: Mapping[str, int]) -> Advice:
     whole = [row for row in able if len(row.losses) == seeds]
     rests = _rests_on(seeds, examples)
     if not whole:
-        return Advice(None, None, "No setting can be recommended: none of them learnt anything that held.", rests)
+        return Advice(None, None, f"No setting can be recommended: {_why_none(rows)}.", rests)
     best = min(whole, key=_loss)
     alike = [row for row in whole if _told_apart(row, best) is False]
     taken = min(alike, key=lambda row: (row.trainable, _loss(row)))
@@ -62,23 +62,27 @@ def advise(rows: Sequence[Row], examples: Mapping[str, int]) -> Advice:
     if taken is best:
         tied = counted(len(alike) - 1, "setting that is not smaller", "settings that are not smaller")
         others = f", and {tied} cannot be told from it" if len(alike) > 1 else ""
-        text = (
-            f"For {number} take {called(taken.settings)}: it has the lowest validation loss, {_loss(taken):.3f}{others}"
-        )
+        text = f"For {number} take {_named(taken)}: it has the lowest validation loss, {_loss(taken):.3f}{others}"
     else:
         text = (
-            f"For {number} take {called(taken.settings)}: with {taken.trainable:,} parameters it has the fewest of "
+            f"For {number} take {_named(taken)}: with {taken.trainable:,} parameters it has the fewest of "
             f"those whose validation loss ({_loss(taken):.3f}) cannot be told from the lowest "
-            f"({called(best.settings)}, {_loss(best):.3f}, {best.trainable:,} parameters)"
+            f"({_named(best)}, {_loss(best):.3f}, {best.trainable:,} parameters)"
         )
     return Advice(taken, best, text + ".", rests)
 
 
-def called(settings: Mapping[str, Any]) -> str:
+def _named(row: Row) -> str:
     """``rank 8, scaling rslora``."""
-    return (
-        ", ".join(f"{key.rpartition('.')[2]} {shown(value).strip(chr(39))}" for key, value in settings.items()) or "it"
-    )
+    return ", ".join(called(row.settings)) or "it"
+
+
+def _why_none(rows: Sequence[Row]) -> str:
+    if all(row.validation is None and row.done for row in rows):
+        return "there are no validation examples to choose by (split.validation)"
+    if all(row.diverged for row in rows):
+        return "all of them diverged; try lower learning rates"
+    return "every one of them diverged, was stopped, or ended above the loss it began with"
 
 
 def _loss(row: Row) -> float:

@@ -37,9 +37,17 @@ class Cell:
     @property
     def name(self) -> str:
         """``rank 8 · scaling rslora · seed 0``: as it is called on a terminal."""
-        parts = [f"{key.rpartition('.')[2]} {shown(value).strip(chr(39))}" for key, value in self.settings.items()]
+        parts = [*called(self.settings)]
         parts.append(f"seed {self.seed}")
         return " · ".join(parts if self.fold is None else [*parts, f"fold {self.fold + 1}"])
+
+
+def called(settings: Mapping[str, Any]) -> list[str]:
+    """``rank 8``, ``scaling rslora``, ``learning_rate 1e-05``."""
+    return [
+        f"{key.rpartition('.')[2]} {f'{value:g}' if isinstance(value, float) else shown(value).strip(chr(39))}"
+        for key, value in settings.items()
+    ]
 
 
 def grid(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -101,6 +109,11 @@ def recipe_of(spec: SweepSpec, cell: Cell) -> Recipe:
     settings = {**spec.set, **cell.settings}
     plain = Recipe.load(path)
     name = stage_name(spec, plain)
+    places: dict[str, str] = {}
+    for key in settings:
+        if (place := _place(name, key)) in places:
+            raise RecipeError(f"{places[place]} and {key} are the same key of the recipe; keep one of them")
+        places[place] = key
     overrides = [_override(name, key, value) for key, value in settings.items() if key not in DATA_KEYS]
     recipe = Recipe.load(path, overrides)
     derived = _derived(spec, recipe.lora_of(recipe.stage(name)))
@@ -112,17 +125,40 @@ def recipe_of(spec: SweepSpec, cell: Cell) -> Recipe:
 def _derived(spec: SweepSpec, lora: LoraSettings) -> dict[str, Any]:
     """Settings that follow from the cell's: alpha from the anchor, the learning rate from the scale."""
     found: dict[str, Any] = {}
-    if spec.anchor is not None or spec.scaled_learning_rate is not None:
-        found["lora.rank"] = lora.rank  # what follows from it holds for this one
     if spec.anchor is not None:
         found["lora.alpha"] = spec.anchor.alpha(lora.scaling)
         lora = lora.model_copy(update={"alpha": found["lora.alpha"]})
     if spec.scaled_learning_rate is not None:
+        found["lora.rank"] = lora.rank  # left open, it would be settled later, and the scale with it
+        found["lora.alpha"] = lora.alpha
         found["train.learning_rate"] = spec.scaled_learning_rate / lora.scale
     return found
 
 
 def _override(stage: str, key: str, value: Any) -> str:
     """``lora.rank`` is the stage's: stages before it stay what they are."""
-    path = f"stages.{stage}.{key}" if key.split(".")[0] in ("lora", "train", *SHORTHAND) else key
-    return f"{path}={json.dumps(value)}"
+    return f"{_place(stage, key)}={json.dumps(value)}"
+
+
+def _place(stage: str, key: str) -> str:
+    return f"stages.{stage}.{key}" if is_of_stage(key) else key
+
+
+def is_of_stage(key: str) -> bool:
+    """Whether a key says how the swept stage is trained, without naming it."""
+    return key.split(".")[0] in ("lora", "train", *SHORTHAND)
+
+
+def condition(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What two cells must have in common for their validation losses to be compared: all but how they are trained.
+
+    Losses on the same items are compared across ranks, learning rates, contexts; not across noise, sizes, bases.
+    """
+    return {key: value for key, value in settings.items() if not _is_training(key)}
+
+
+def _is_training(key: str) -> bool:
+    words = key.split(".")
+    if words[0] == "stages" and len(words) > 2:
+        return words[2] in ("context", "lora", "train", *SHORTHAND)
+    return is_of_stage(key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,21 +16,29 @@ from lorchestra.pipeline.prepare import Prepared, split_spec
 
 
 def perturbed(prepared: Prepared, stage: str, settings: Mapping[str, Any], seed: int) -> Prepared:
-    """``prepared`` with the stage's training examples thinned to ``data.imbalance``, then to ``data.size``, then
-    mislabelled to ``data.noise``. Validation and test stay clean.
+    """``prepared`` with the stage's training examples changed as ``settings`` ask; validation and test stay clean.
+
+    Raises:
+        DataError: see :func:`changed`.
+    """
+    splits = prepared.data[stage].splits
+    train = changed(splits.train, settings, seed)
+    return prepared if train == splits.train else _with(prepared, stage, replace(splits, train=train))
+
+
+def changed(train: tuple[Example, ...], settings: Mapping[str, Any], seed: int) -> tuple[Example, ...]:
+    """Training examples thinned to ``data.imbalance``, then to ``data.size``, then mislabelled to ``data.noise``.
 
     Raises:
         DataError: too few examples, no classes, or amounts that make no sense.
     """
-    data = prepared.data[stage]
-    train: Sequence[Example] = data.splits.train
     if (ratio := settings.get("data.imbalance")) is not None:
         train = imbalanced(train, ratio, seed)
     if (size := settings.get("data.size")) is not None:
         train = subset(train, size, seed)
     if share := settings.get("data.noise"):
         train = with_label_noise(train, share, seed)
-    return _with(prepared, stage, replace(data.splits, train=tuple(train)))
+    return train
 
 
 def folded(prepared: Prepared, stage: str, fold: int, folds: int) -> Prepared:
@@ -55,18 +63,25 @@ def folded(prepared: Prepared, stage: str, fold: int, folds: int) -> Prepared:
         for example in examples:
             part = "test" if fold_of(example, folds, spec.seed) == fold else part_of(_group(example), inner)
             parts[part].append(example)
-    for part in ("train", "test"):
-        if not parts[part]:
-            raise UserError(f"folds: {folds} are too many: nothing is left for the {part} part of fold {fold + 1}")
+    wanted = ["train", "test", *(["validation"] if spec.validation else [])]
+    if empty := [part for part in wanted if not parts[part]]:
+        raise UserError(
+            f"folds: {folds} are too many for {sum(map(len, parts.values()))} examples: nothing is left for the "
+            f"{empty[0]} part of fold {fold + 1}; ask for fewer"
+        )
+    for part in ("validation", "test"):  # by hash, so that the first n are a fair sample
+        parts[part].sort(key=lambda example: _hash(example, f"{spec.seed}\norder"))
     train, validation, test = (tuple(examples) for examples in parts.values())
-    splits = Splits(train, validation, test, data.splits.duplicates)
-    return _with(prepared, stage, splits)
+    return _with(prepared, stage, Splits(train, validation, test, data.splits.duplicates))
 
 
 def fold_of(example: Example, folds: int, seed: int) -> int:
     """The fold of an example's group: a function of the seed, the number of folds and the group alone."""
-    digest = hashlib.sha256(f"{seed}\nfold\n{normalise(_group(example))}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") % folds
+    return int.from_bytes(_hash(example, f"{seed}\nfold")[:8], "big") % folds
+
+
+def _hash(example: Example, salt: str) -> bytes:
+    return hashlib.sha256(f"{salt}\n{normalise(_group(example))}".encode()).digest()
 
 
 def _group(example: Example) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -18,12 +19,22 @@ from lorchestra.pipeline.cache import sweep as tidy
 from lorchestra.pipeline.journal import Journal
 from lorchestra.report.sweep import render_sweep
 from lorchestra.sweep.advice import Advice, advise
-from lorchestra.sweep.cells import Cell, cells, grid, recipe_of, setting_key, stage_name, tuning_cells
-from lorchestra.sweep.executors import Executor, executor
+from lorchestra.sweep.cells import (
+    Cell,
+    cells,
+    condition,
+    grid,
+    is_of_stage,
+    recipe_of,
+    setting_key,
+    stage_name,
+    tuning_cells,
+)
+from lorchestra.sweep.executors import Executor, check_executor, executor
 from lorchestra.sweep.halving import halved
 from lorchestra.sweep.outcome import HeldOut, Outcome
 from lorchestra.sweep.spec import DATA_KEYS, SweepSpec
-from lorchestra.sweep.table import Row, rows
+from lorchestra.sweep.table import Row, grouped, row_of
 from lorchestra.sweep.worker import Work, Worker
 
 
@@ -40,6 +51,7 @@ class SweepResult:
         start: test scores of base and context.
         rows: one a setting.
         advice: one for every condition of the data (sizes, noise, imbalance).
+        readings: how often the sealed test has been read, by this sweep and by anything else.
         page: ``sweep.html``.
     """
 
@@ -51,6 +63,7 @@ class SweepResult:
     start: HeldOut | None
     rows: tuple[Row, ...]
     advice: tuple[tuple[Mapping[str, Any], Advice], ...]
+    readings: int
     page: Path
 
     def as_dict(self) -> dict[str, Any]:
@@ -61,6 +74,7 @@ class SweepResult:
             "tuned": [{"settings": json.loads(key), "kept": dict(kept)} for key, kept in self.tuned.items()],
             "rows": [row.as_dict() for row in self.rows],
             "advice": [{"data": dict(data), **found.as_dict()} for data, found in self.advice],
+            "readings": self.readings,
             "start": asdict(self.start) if self.start else None,
             "cells": [outcome.as_dict() for outcome in self.outcomes],
         }
@@ -73,6 +87,7 @@ def run_sweep(
     kind: str = "local",
     jobs: int = 1,
     reporter: Reporter = SILENT,
+    inside: Reporter | None = None,
     wait: bool = False,
 ) -> SweepResult:
     """Carry out a sweep; finished cells are reused, an unfinished one goes on where it stopped.
@@ -83,6 +98,7 @@ def run_sweep(
         kind: ``local`` or ``ray``.
         jobs: cells at a time.
         reporter: progress.
+        inside: progress within a cell; ``reporter`` unless given.
         wait: wait for another sweep in the same directory instead of refusing.
 
     Raises:
@@ -90,17 +106,19 @@ def run_sweep(
         TrainingError: a law did not hold.
         StorageError: the disk is full or cannot be written.
     """
+    check_executor(kind)
     _check(spec)
     where = (directory or Path("sweeps") / spec.name).resolve()
     with storage(where), run_lock(where, wait, reporter.say):
         tidy(where)
-        journal = Journal(reporter, where / "events.jsonl")
-        try:
-            return _Sweep(spec, where, kind, jobs, journal).go()
-        except KeyboardInterrupt:
-            raise Interrupted("stopped; finished cells are kept, and the same command goes on from there") from None
-        finally:
-            journal.close()
+        with (
+            closing(Journal(reporter, where / "events.jsonl")) as journal,
+            closing(Journal(inside or reporter, where / "events.jsonl")) as quiet,
+        ):
+            try:
+                return _Sweep(spec, where, kind, jobs, journal, quiet).go()
+            except KeyboardInterrupt:
+                raise Interrupted("stopped; finished cells are kept, and the same command goes on from there") from None
 
 
 def _check(spec: SweepSpec) -> None:
@@ -113,58 +131,70 @@ def _check(spec: SweepSpec) -> None:
 
 
 class _Sweep:
-    def __init__(self, spec: SweepSpec, directory: Path, kind: str, jobs: int, reporter: Reporter) -> None:
+    def __init__(
+        self, spec: SweepSpec, directory: Path, kind: str, jobs: int, reporter: Reporter, inside: Reporter
+    ) -> None:
         self.spec = spec
         self.directory = directory
         self.kind, self.jobs = kind, jobs
-        self.reporter = reporter
+        self.reporter, self.inside = reporter, inside
         self.found: dict[Cell, Outcome] = {}
+        self.rows: dict[str, Row] = {}  # setting → its row
 
     def go(self) -> SweepResult:
         spec = self.spec
-        worker = Worker(spec, None, self.reporter)
+        worker = Worker(spec, None, self.reporter, self.inside)
         first = cells(spec)[0]
         prepared = worker.prepared(first)
-        stage = stage_name(spec, prepared.recipe)
         for line in prepared.check.warnings:
             self.reporter.say(f"warning: {line}")
-        folds = self._folds(len(prepared.data[stage].splits.train))
-        worker.folds = folds
+        parts = prepared.data[stage_name(spec, prepared.recipe)].splits.parts()
+        worker.folds = folds = self._folds(sum(len(examples) for _, examples in parts))
+        worker.check([cell for cell in cells(spec, None, folds) if cell.seed == spec.seeds[0]])
+        worker.begin(first)
         with executor(self.kind, worker, self.jobs, self.reporter) as run:
-            tuned = self._tune(run, folds) if spec.tune else {}
+            tuned = self._tune(run, worker) if spec.tune else {}
             todo = cells(spec, tuned, folds)
-            for cell, outcome in self._told(halved(todo, spec.halving, run, self.reporter), len(todo)):
+            work = [Work(cell) for cell in todo]
+            for cell, outcome in self._told(f"sweep {spec.name}", halved(work, spec.halving, run), len(todo)):
                 self.found[cell] = outcome
-                self._write(todo, tuned, folds, None)
-        start = worker.start(todo[0]) if folds is None else None
-        return self._write(todo, tuned, folds, start)
+                self._write(todo, tuned, folds, cell)
+        start = worker.start(first) if folds is None and all(map(_leaves_the_start, spec.axes)) else None
+        return self._write(todo, tuned, folds, todo[0], start, worker.readings(first))
 
     def _folds(self, examples: int) -> int | None:
+        """K, or ``None`` for the recipe's split; ``examples`` are all there are before any split."""
         if self.spec.folds != "auto":
             return self.spec.folds
         from lorchestra.recipe.suggestions import suggest_folds
 
         found = suggest_folds(examples)
-        self.reporter.say(f"folds: {found.value or 'none'} ({found.reason})")
+        self.reporter.say(f"folds: {found.said}")
         return None if found.value is None else int(found.value)
 
-    def _tune(self, run: Executor[Work, Outcome], folds: int | None) -> dict[str, dict[str, Any]]:
-        """Setting → the values of its tuned keys with the lowest validation loss."""
-        spec, best = self.spec, dict[str, tuple[float, dict[str, Any]]]()
-        todo = tuning_cells(spec, folds)
-        for cell, outcome in self._told(halved(todo, spec.halving, run, self.reporter), len(todo)):
-            key = setting_key({name: cell.settings[name] for name in spec.axes})
-            tried = {name: cell.settings[name] for name in spec.tune}
-            loss = outcome.validation_loss if outcome.state == "done" else None
-            if loss is not None and loss < best.get(key, (float("inf"), {}))[0]:
-                best[key] = loss, tried
-        kept = {key: tried for key, (_, tried) in best.items()}
-        for settings in grid(spec.axes):  # all diverged: the first value stands for them
-            kept.setdefault(setting_key(settings), {key: values[0] for key, values in spec.tune.items()})
-        return kept
+    def _tune(self, run: Executor[Work, Outcome], worker: Worker) -> dict[str, dict[str, Any]]:
+        """Setting → the values of its tuned keys with the lowest validation loss; the test is not read for it.
 
-    def _told(self, found: Iterator[tuple[Cell, Outcome]], total: int) -> Iterator[tuple[Cell, Outcome]]:
-        with self.reporter.task(f"sweep {self.spec.name}", total, "cell") as task:
+        With halving the candidates of one setting compete with each other alone, so that every setting keeps one.
+        """
+        spec = self.spec
+        tried: dict[str, list[tuple[Outcome, dict[str, Any]]]] = {}
+        todo = [Work(cell, judged=False) for cell in tuning_cells(spec, worker.folds)]
+        found = halved(todo, spec.halving, run, apart=list(spec.axes))
+        for cell, outcome in self._told(f"tune {spec.name}", found, len(todo)):
+            key = setting_key({name: cell.settings[name] for name in spec.axes})
+            tried.setdefault(key, []).append((outcome, {name: cell.settings[name] for name in spec.tune}))
+        kept = {}
+        for key, candidates in tried.items():
+            # Where all diverged the first value stands for them: the table says so.
+            best, kept[key] = min(candidates, key=lambda candidate: _rank(candidate[0]))
+            for outcome, _ in candidates:
+                if outcome.digest != best.digest:
+                    worker.forget(outcome)
+        return {setting_key(settings): kept[setting_key(settings)] for settings in grid(spec.axes)}
+
+    def _told(self, name: str, found: Iterator[tuple[Cell, Outcome]], total: int) -> Iterator[tuple[Cell, Outcome]]:
+        with self.reporter.task(name, total, "cell") as task:
             for number, (cell, outcome) in enumerate(found, start=1):
                 self.reporter.event("cell", number=number, total=total, **_brief(outcome))
                 self.reporter.say(f"{number}/{total} {cell.name}: {_line(outcome)}")
@@ -172,14 +202,26 @@ class _Sweep:
                 yield cell, outcome
 
     def _write(
-        self, todo: Sequence[Cell], tuned: Mapping[str, Mapping[str, Any]], folds: int | None, start: HeldOut | None
+        self,
+        todo: Sequence[Cell],
+        tuned: Mapping[str, Mapping[str, Any]],
+        folds: int | None,
+        last: Cell,
+        start: HeldOut | None = None,
+        readings: int = 0,
     ) -> SweepResult:
-        """Results so far; the same finished cells give the same files."""
+        """Results so far, ``last`` being the cell that came in; the same finished cells give the same files."""
         outcomes = tuple(self.found[cell] for cell in todo if cell in self.found)
-        table = rows(outcomes, list(self.spec.axes))
+        axes = list(self.spec.axes)
+        groups = grouped(outcomes, axes)
+        mine = setting_key({key: last.settings[key] for key in axes})
+        self.rows[mine] = row_of(groups[mine], axes, folds)
+        table = [self.rows[key] for key in groups]
         found = tuple(_advice(table, outcomes))
         page = self.directory / "sweep.html"
-        result = SweepResult(self.directory, self.spec, folds, tuned, outcomes, start, tuple(table), found, page)
+        result = SweepResult(
+            self.directory, self.spec, folds, tuned, outcomes, start, tuple(table), found, readings, page
+        )
         made = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "lorchestra": version("lorchestra")}
         told = {**made, "cells_in_all": len(todo), **result.as_dict()}
         write_json(self.directory / "sweep.json", told)
@@ -187,19 +229,27 @@ class _Sweep:
         return result
 
 
+def _rank(outcome: Outcome) -> tuple[bool, int, float]:
+    """Finished trainings come first, then those that went further, then lower losses."""
+    loss = outcome.validation_loss
+    if outcome.state == "diverged" or loss is None:
+        return True, 0, 0.0
+    return outcome.state != "done", -outcome.step if outcome.state == "stopped" else 0, loss
+
+
+def _leaves_the_start(key: str) -> bool:
+    """Whether all values of an axis start from the same base and context."""
+    return is_of_stage(key) or key in DATA_KEYS
+
+
 def _advice(table: Sequence[Row], outcomes: Sequence[Outcome]) -> Iterator[tuple[Mapping[str, Any], Advice]]:
     """One for every condition of the data: losses with more noise or fewer examples are not compared with others."""
     conditions: dict[str, list[Row]] = {}
     for row in table:
-        conditions.setdefault(setting_key(_data(row.settings)), []).append(row)
+        conditions.setdefault(setting_key(condition(row.settings)), []).append(row)
     for key, group in conditions.items():
-        data = json.loads(key)
-        mine = [outcome for outcome in outcomes if setting_key(_data(outcome.settings)) == key]
-        yield data, advise(group, dict(mine[0].examples or {}))
-
-
-def _data(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key in DATA_KEYS}
+        mine = next(outcome for outcome in outcomes if group[0].settings.items() <= outcome.settings.items())
+        yield json.loads(key), advise(group, dict(mine.examples or {}))
 
 
 def _brief(outcome: Outcome) -> dict[str, Any]:

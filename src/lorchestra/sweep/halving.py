@@ -7,58 +7,88 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lorchestra.events import Reporter
-from lorchestra.sweep.cells import Cell
+from lorchestra.sweep.cells import Cell, condition, setting_key
 from lorchestra.sweep.executors import Executor
 from lorchestra.sweep.outcome import Outcome
-from lorchestra.sweep.spec import DATA_KEYS, Halving
+from lorchestra.sweep.spec import Halving
 
 if TYPE_CHECKING:
     import optuna
 
     from lorchestra.sweep.worker import Work
 
-TRAINED = ("lora.", "train.")  # settings whose validation losses can be compared: the data are the same
-
 
 def halved(
-    cells: Sequence[Cell], halving: Halving | None, executor: Executor[Work, Outcome], reporter: Reporter
+    work: Sequence[Work], halving: Halving | None, executor: Executor[Work, Outcome], apart: Sequence[str] = ()
 ) -> Iterator[tuple[Cell, Outcome]]:
-    """Outcomes of ``cells`` as they come in; with ``halving`` those of hopeless ones are ``stopped``.
+    """Outcomes of the cells in ``work`` as they come in; with ``halving`` those of hopeless ones are ``stopped``.
 
-    Cells are compared that differ in how they are trained alone: noisier or fewer examples are no reason to stop. What
-    diverged is not compared at all. The order in which cells meet a rung is shuffled, always in the same way.
+    Cells are compared that differ in how they are trained alone: noisier or fewer examples are no reason to stop, nor
+    is another seed or fold. What ended before a rung, diverged or done, is not compared there. Decisions are made in
+    one shuffled order, whatever the order in which the outcomes come, and on losses of the rung alone, however far a
+    cell was trained before: a sweep that was stopped decides as if it had not been.
+
+    Args:
+        work: of different cells, without pauses.
+        halving: rungs and rate; without it all are trained to the end.
+        executor: trains.
+        apart: keys of settings on which cells are not compared either.
     """
     if halving is None:
-        for (cell, _), outcome in executor.run([(cell, None) for cell in cells]):
-            yield cell, outcome
+        for piece, outcome in executor.run(work):
+            yield piece.cell, outcome
         return
+    going = list(work)
+    random.Random(0).shuffle(going)
     studies: dict[str, optuna.Study] = {}
     trials: dict[int, optuna.Trial] = {}
-    order = list(range(len(cells)))
-    random.Random(0).shuffle(order)
-    numbers = {id(cells[k]): k for k in order}
-    going = [cells[k] for k in order]
-    for rung, share in enumerate(halving.rungs, start=1):
-        passed: list[Cell] = []
-        for (cell, _), outcome in executor.run([(cell, share) for cell in going]):
-            if outcome.state != "stopped":  # done already, or diverged
+    for rung, share in enumerate(halving.rungs):
+        passed: list[Work] = []
+        for piece, outcome in _in_order([replace(piece, pause=share) for piece in going], executor):
+            cell, place = piece.cell, _at(outcome, share)
+            if place is None:
                 yield cell, outcome
                 continue
-            study = studies.setdefault(_condition(cell), _study(halving))
-            trial = trials.setdefault(numbers[id(cell)], study.ask())
-            if outcome.validation_loss is None:
-                passed.append(cell)  # nothing to compare
-                continue
-            trial.report(outcome.validation_loss, step=halving.reduction ** (rung - 1))
-            if trial.should_prune():
-                reporter.say(f"{cell.name}: stopped after {outcome.step} of {outcome.steps} steps")
-                yield cell, replace(outcome, state="stopped")
+            if id(cell) not in trials:
+                common = {**condition(cell.settings), **{key: cell.settings[key] for key in apart}}
+                key = f"{setting_key(common)} {cell.seed} {cell.fold}"
+                if key not in studies:
+                    studies[key] = _study(halving)
+                trials[id(cell)] = studies[key].ask()
+            trials[id(cell)].report(place[1], step=halving.reduction**rung)
+            if trials[id(cell)].should_prune():
+                yield cell, _stopped(outcome, place)
             else:
-                passed.append(cell)
+                passed.append(replace(piece, pause=None))
         going = passed
-    for (cell, _), outcome in executor.run([(cell, None) for cell in going]):
-        yield cell, outcome
+    for piece, outcome in executor.run(going):
+        yield piece.cell, outcome
+
+
+def _in_order(work: Sequence[Work], executor: Executor[Work, Outcome]) -> Iterator[tuple[Work, Outcome]]:
+    """What comes in, in the order of ``work``, each piece as soon as all before it are there."""
+    waiting: dict[int, Outcome] = {}
+    following = 0
+    for piece, outcome in executor.run(work):
+        waiting[id(piece)] = outcome
+        while following < len(work) and id(work[following]) in waiting:
+            yield work[following], waiting.pop(id(work[following]))
+            following += 1
+
+
+def _at(outcome: Outcome, share: float) -> tuple[int, float] | None:
+    """Step and loss of the validation at which a training pauses for ``share``; ``None`` if it ended before that."""
+    last = outcome.step if outcome.state == "stopped" else outcome.step - 1  # after its last step nothing pauses
+    rows = (row for row in outcome.validation if row[0] and row[0] >= share * outcome.steps and row[0] <= last)
+    return next(rows, None)
+
+
+def _stopped(outcome: Outcome, place: tuple[int, float]) -> Outcome:
+    """As if it had not been trained beyond ``place``."""
+    return replace(
+        outcome, state="stopped", step=place[0], validation=(place,), history=(), best_step=None, seconds=0.0,
+        tokens=0, test=None, adapter="", steps_per_epoch=0,
+    )  # fmt: skip
 
 
 def _study(halving: Halving) -> optuna.Study:
@@ -68,9 +98,3 @@ def _study(halving: Halving) -> optuna.Study:
     return optuna.create_study(
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=halving.reduction)
     )
-
-
-def _condition(cell: Cell) -> str:
-    """Everything that cells must have in common to be compared."""
-    others = [key for key in cell.settings if key in DATA_KEYS or not key.startswith(TRAINED)]
-    return f"{cell.of(sorted(others))} {cell.seed} {cell.fold}"

@@ -63,7 +63,7 @@ class Outcome:
         seed: of the cell.
         fold: of the cell.
         state: ``done``; ``diverged``: a loss or gradient was not finite; ``stopped``: by successive halving.
-        step: the last step.
+        step: the last step; where it diverged; of a stopped one the step that decided.
         steps: of a whole training.
         steps_per_epoch: to count epochs.
         examples: part → how many.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator, model
 
 from lorchestra.errors import RecipeError
 from lorchestra.recipe.text import Document
-from lorchestra.recipe.words import near, problems
+from lorchestra.recipe.words import near, problems, shown
 from lorchestra.train.settings import Positive, Settings
 
 # Keys of ours beside those of the recipe: what is done to the training examples of the stage.
@@ -105,8 +106,8 @@ class SweepSpec(Settings):
         path = Path(path)
         document = Document.read(path)
         if "stages" in document.values:
-            document = Document.of({"recipe": path.name, "name": str(document.values.get("name") or path.stem)})
-        document.values.setdefault("name", path.stem)
+            document = Document.of({"recipe": path.name})
+        document.values.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-") or "sweep")
         for override in overrides:
             document.override(override)
         spec = cls._checked(document)
@@ -162,8 +163,14 @@ class SweepSpec(Settings):
             for key, values in lists.items():
                 if not values:
                     raise ValueError(f"{section}: {key} has no values")
-                if len({repr(value) for value in values}) < len(values):
+                if any(value in values[:k] for k, value in enumerate(values)):
                     raise ValueError(f"{section}: {key} names a value twice")
+        for key, value in self._amounts():
+            expected = _amount_problem(key, value)
+            if expected:
+                raise ValueError(f"{key}: expected {expected}, got {shown(value)}")
+        if wrong := [key for key in self.tune if key in DATA_KEYS]:
+            raise ValueError(f"tune: {wrong[0]} is no setting to choose by validation loss; make it an axis")
         keys = [*self.axes, *self.tune, *self.set]
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
             raise ValueError(f"{twice[0]} stands in more than one of axes, tune and set")
@@ -176,7 +183,24 @@ class SweepSpec(Settings):
             raise ValueError("seeds: expected different numbers, at least one")
         return self
 
+    def _amounts(self) -> Iterator[tuple[str, Any]]:
+        """Every value of a key that changes the examples."""
+        for key in DATA_KEYS:
+            yield from ((key, value) for value in (*self.axes.get(key, ()), *self.tune.get(key, ())))
+            if key in self.set:
+                yield key, self.set[key]
+
     @property
     def directory(self) -> Path:
         """What the recipe's path is relative to."""
         return self._directory
+
+
+def _amount_problem(key: str, value: Any) -> str:
+    """What a value of ``data.size``, ``data.noise`` or ``data.imbalance`` should be; empty if it is."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key == "data.size":
+        return "" if isinstance(value, int) and number and value >= 1 else "a number of examples, 1 or more"
+    if key == "data.noise":
+        return "" if number and 0 <= value <= 1 else "a share from 0 to 1 (0.2 is one label in five)"
+    return "" if number and 1 <= value < math.inf else "largest class : smallest class, 1 or more"

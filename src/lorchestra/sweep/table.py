@@ -74,9 +74,10 @@ class Row:
         return told
 
 
-def rows(outcomes: Sequence[Outcome], keys: Sequence[str]) -> list[Row]:
-    """One row for every combination of the values of ``keys``, in the order in which they were first begun."""
-    return [_row(group, keys) for group in grouped(outcomes, keys).values()]
+def rows(outcomes: Sequence[Outcome], keys: Sequence[str], folds: int | None = None) -> list[Row]:
+    """One row for every combination of the values of ``keys``, in the order in which they were first begun; ``folds``
+    as in :func:`scores`."""
+    return [row_of(group, keys, folds) for group in grouped(outcomes, keys).values()]
 
 
 def grouped(outcomes: Sequence[Outcome], keys: Sequence[str]) -> dict[str, list[Outcome]]:
@@ -87,13 +88,14 @@ def grouped(outcomes: Sequence[Outcome], keys: Sequence[str]) -> dict[str, list[
     return groups
 
 
-def _row(group: Sequence[Outcome], keys: Sequence[str]) -> Row:
+def row_of(group: Sequence[Outcome], keys: Sequence[str], folds: int | None = None) -> Row:
+    """The row of one setting's outcomes."""
     done = [outcome for outcome in group if outcome.state == "done"]
     losses = _by_seed(done, "validation_loss")
     norms = list(_by_seed(done, "gradient_norm").values())
     gaps = [outcome.gap for outcome in done if outcome.gap is not None]
     onsets = [outcome.onset for outcome in done if outcome.onset is not None]
-    table = scores(done)
+    table = scores(done, folds)
     return Row(
         settings={key: group[0].settings[key] for key in keys},
         runs=len(group),
@@ -108,7 +110,7 @@ def _row(group: Sequence[Outcome], keys: Sequence[str]) -> Row:
         validation=_mean(list(losses.values())),
         validation_spread=_spread(list(losses.values())),
         gradient=_mean(norms),
-        gradient_spread=None if (spread := _spread(norms)) is None else spread / fmean(norms),
+        gradient_spread=spread / fmean(norms) if (spread := _spread(norms)) is not None and any(norms) else None,
         gap=_mean(gaps),
         onset=_mean(onsets),
         rising=len(onsets),
@@ -146,21 +148,17 @@ class ScoreTable:
         return crossed_ratio(self.values[ours] - other.values[theirs], self.weights[ours], self.groups)
 
 
-def scores(done: Sequence[Outcome]) -> ScoreTable | None:
+def scores(done: Sequence[Outcome], folds: int | None = None) -> ScoreTable | None:
     """The test scores of one setting's trainings; the folds of a seed make up one test. ``None`` without a test.
 
-    Seeds whose folds are not all there are left out.
+    Seeds that lack one of the K ``folds`` are left out.
     """
     by_seed: dict[int, dict[int | None, HeldOut]] = {}
     for outcome in done:
         if outcome.test is not None:
             by_seed.setdefault(outcome.seed, {})[outcome.fold] = outcome.test
-    if not by_seed:
-        return None
-    folds = sorted(
-        {fold for found in by_seed.values() for fold in found}, key=lambda fold: -1 if fold is None else fold
-    )
-    whole = {seed: [found[fold] for fold in folds] for seed, found in by_seed.items() if len(found) == len(folds)}
+    parts = range(folds) if folds else (None,)
+    whole = {seed: [found[k] for k in parts] for seed, found in by_seed.items() if all(k in found for k in parts)}
     if not whole:
         return None
     tests = next(iter(whole.values()))

@@ -3,32 +3,49 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lorchestra.adapter.digest import json_digest
+from lorchestra.data.example import Example
 from lorchestra.errors import DivergedError, PausedError
 from lorchestra.evaluate.ledger import Ledger, item_digest
 from lorchestra.evaluate.score import Domain
 from lorchestra.events import SILENT, Reporter
-from lorchestra.pipeline.cache import step_digest, write_json
+from lorchestra.pipeline.cache import discard, step_digest, write_json
+from lorchestra.pipeline.estimate import empty_model
 from lorchestra.pipeline.lazy import LazyBase
 from lorchestra.pipeline.prepare import Prepared, prepare
 from lorchestra.pipeline.training import Trained
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.sweep.cells import Cell, recipe_of, stage_name
-from lorchestra.sweep.examples import folded, perturbed
+from lorchestra.sweep.examples import changed, folded, perturbed
 from lorchestra.sweep.outcome import HeldOut, Outcome, finite_history
 from lorchestra.sweep.spec import DATA_KEYS, SweepSpec
 from lorchestra.sweep.trainer import Trainer, sealed_test
+from lorchestra.train.lora import target_paths
+from lorchestra.train.settings import LoraSettings
 from lorchestra.train.stage import StageInputs
 
-Work = tuple[Cell, float | None]  # a cell, and the share of its steps after which it pauses
 VERSION = 1  # raise it when the same training would be measured otherwise
+
+
+@dataclass(frozen=True)
+class Work:
+    """A piece of work.
+
+    Args:
+        cell: what to train.
+        pause: stop at the first validation after this share of its steps.
+        judged: score it on the test too; what is trained to choose settings by is not.
+    """
+
+    cell: Cell
+    pause: float | None = None
+    judged: bool = True
 
 
 class Worker:
@@ -37,54 +54,106 @@ class Worker:
     Args:
         spec: the specification.
         folds: K of a cross-validation.
-        reporter: progress.
+        reporter: what is found in the sources and the data.
+        inside: progress within a cell; ``reporter`` unless given.
     """
 
-    def __init__(self, spec: SweepSpec, folds: int | None = None, reporter: Reporter = SILENT) -> None:
+    def __init__(
+        self, spec: SweepSpec, folds: int | None = None, reporter: Reporter = SILENT, inside: Reporter | None = None
+    ) -> None:
         self.spec = spec
         self.folds = folds
         self.reporter = reporter
-        self.trainer = Trainer(reporter)
+        self.inside = inside or reporter
+        self.trainer = Trainer(self.inside)
         self.cache = self.trainer.cache
         self._prepared: dict[str, Prepared] = {}
+        self._models: dict[Path, Any] = {}
 
     def elsewhere(self) -> Callable[[], Worker]:
         """Makes the same worker in another process."""
         return partial(_worker, self.spec.model_dump(mode="json"), self.spec.directory, self.folds)
 
+    def check(self, cells: Sequence[Cell]) -> None:
+        """Before the first training: are there examples enough for every cell, and modules of the names it gives?
+
+        Raises:
+            UserError: there are not.
+        """
+        seen = set()
+        for cell in cells:
+            amounts = self._amounts(cell)
+            prepared = self._dealt(cell)
+            name = stage_name(self.spec, prepared.recipe)
+            lora = prepared.recipe.lora_of(prepared.recipe.stage(name))
+            key = json.dumps([amounts, lora.target_modules, cell.seed, cell.fold, id(prepared.data[name])])
+            if key not in seen:
+                seen.add(key)
+                changed(prepared.data[name].splits.train, amounts, cell.seed)
+                self._trainable(prepared, lora)
+
+    def begin(self, cell: Cell) -> None:
+        """Train the stages that ``cell`` rests on, in the open; the base is released again."""
+        trainer = Trainer(self.reporter)
+        prepared = self.prepared(cell)
+        trainer.earlier(prepared, stage_name(self.spec, prepared.recipe), trainer.base(prepared))
+        trainer.release()
+
     def work(self, piece: Work) -> Outcome:
-        """:meth:`run`, for an executor."""
-        return self.run(*piece)
-
-    def run(self, cell: Cell, pause: float | None = None) -> Outcome:
-        """Train and judge ``cell``, or find it done.
-
-        Args:
-            cell: which one.
-            pause: stop at the first validation after this share of its steps; the outcome says ``stopped`` then, and
-                running the cell again goes on from there.
+        """Train and judge a cell, or find it done. Where it pauses its outcome is ``stopped``; run again without the
+        pause it goes on from there.
 
         Raises:
             UserError: in the recipe, its sources or its data.
             TrainingError: a law did not hold. A training that diverged is an outcome.
         """
+        cell = piece.cell
         prepared, base, inputs, domain = self._ready(cell)
         trains = self.trainer.digest(prepared, inputs, base)
-        digest = step_digest("cell", VERSION, {}, {"stage": trains, "test": domain.digest if domain else None})
+        if not piece.judged and self.cache.lookup("cell", _cell_digest(trains, domain)) is None:
+            domain = None
+        digest = _cell_digest(trains, domain)
         known = Outcome(
             settings=dict(cell.settings), seed=cell.seed, fold=cell.fold, state="done", step=0, steps=0,
             examples={part: len(examples) for part, examples in prepared.data[inputs.name].splits.parts()},
+            trainable=self._trainable(prepared, inputs.lora),
             scale=inputs.lora.scale, learning_rate=inputs.train.learning_rate, digest=trains,
         )  # fmt: skip
+        ours = self._is_ours(trains)
         try:
-            step = self.cache.build("cell", digest, lambda work: self._make(
-                work, prepared, inputs, domain, base, digest, trains, pause
-            ), self.reporter.say)  # fmt: skip
+            with self.inside.task(cell.name):
+                step = self.cache.build("cell", digest, lambda work: self._make(
+                    work, prepared, inputs, domain, base, digest, trains, piece.pause
+                ), self.reporter.say)  # fmt: skip
         except PausedError as paused:
-            row = () if paused.loss is None else ((paused.step, paused.loss),)
-            return replace(known, state="stopped", step=paused.step, steps=paused.steps, validation=row)
-        found = json.loads((step.directory / "outcome.json").read_text(encoding="utf-8"))
-        return Outcome.from_dict({**known.as_dict(), **found})
+            row = (paused.step, paused.loss)
+            return replace(known, state="stopped", step=paused.step, steps=paused.steps, validation=(row,))
+        found = Outcome.from_dict(
+            known.as_dict() | json.loads((step.directory / "outcome.json").read_text(encoding="utf-8"))
+        )
+        if self.spec.keep_adapters and found.state == "done":
+            self.trainer.train(prepared, inputs, base, trains)  # it is there, but where an earlier sweep kept none
+        elif piece.judged and ours and not step.cached:
+            discard(self.cache.path("stage", trains))
+        return found
+
+    def forget(self, outcome: Outcome) -> None:
+        """Remove the adapter of a training that was made to choose settings by, and was not chosen."""
+        if self._is_ours(outcome.digest) and not self.spec.keep_adapters:
+            discard(self.cache.path("stage", outcome.digest))
+
+    def _is_ours(self, trains: str) -> bool:
+        """Whether a training step is not there yet, or was made by a sweep to choose settings by: nobody else's."""
+        if self.cache.lookup("stage", trains) is None:
+            return True
+        chosen_by = self.cache.lookup("cell", _cell_digest(trains, None))
+        return chosen_by is not None and bool(chosen_by.info.get("ours"))
+
+    def readings(self, cell: Cell) -> int:
+        """How often the test of ``cell`` has been read, by this sweep and by anything else."""
+        prepared = self._dealt(cell)
+        test = self._test(prepared, stage_name(self.spec, prepared.recipe))
+        return Ledger.here().count([item_digest(example) for example in test])
 
     def start(self, cell: Cell) -> HeldOut | None:
         """The test score of what ``cell`` starts from: the base and the stage's context; ``None`` without a test."""
@@ -114,20 +183,41 @@ class Worker:
         return prepared, base, seeded, sealed_test(prepared, name, self.spec.test_limit)
 
     def prepared(self, cell: Cell) -> Prepared:
-        """The data of ``cell``; cells that differ in how the stage is trained alone share them."""
+        """The data of ``cell``; cells that differ in how the stage is trained alone share them.
+
+        The recipe is the cell's as it is written: what it leaves open is settled from the cell's own examples.
+        """
+        found = self._dealt(cell)
+        amounts = self._amounts(cell)
+        return perturbed(found, stage_name(self.spec, found.recipe), amounts, cell.seed) if amounts else found
+
+    def _dealt(self, cell: Cell) -> Prepared:
+        """Its data before they are changed on purpose."""
         recipe = recipe_of(self.spec, cell)
         name = stage_name(self.spec, recipe)
-        amounts = {key: value for key, value in {**self.spec.set, **cell.settings}.items() if key in DATA_KEYS}
-        plain = self._shared(json_digest(_but_for_training(recipe, name)), lambda: prepare(recipe, self.reporter))
-        found = replace(plain, recipe=recipe)
+        key = json_digest(_but_for_training(recipe, name))
+        if key not in self._prepared:  # the sources are told of once
+            self._prepared[key] = prepare(recipe, self.inside if self._prepared else self.reporter)
+        found = self._prepared[key]
         if cell.fold is not None and self.folds:
-            found = folded(found, name, cell.fold, self.folds)
-        return perturbed(found, name, amounts, cell.seed) if amounts else found
+            folds = f"{key} {cell.fold}/{self.folds}"
+            if folds not in self._prepared:
+                self._prepared[folds] = folded(found, name, cell.fold, self.folds)
+            found = self._prepared[folds]
+        return replace(found, recipe=recipe)
 
-    def _shared(self, key: str, make: Any) -> Prepared:
-        if key not in self._prepared:
-            self._prepared[key] = make()
-        return self._prepared[key]
+    def _amounts(self, cell: Cell) -> dict[str, Any]:
+        return {key: value for key, value in {**self.spec.set, **cell.settings}.items() if key in DATA_KEYS}
+
+    def _test(self, prepared: Prepared, name: str) -> tuple[Example, ...]:
+        return prepared.data[name].splits.test[: self.spec.test_limit]
+
+    def _trainable(self, prepared: Prepared, lora: LoraSettings) -> int:
+        """Parameters of the adapter."""
+        if prepared.directory not in self._models:
+            self._models[prepared.directory] = empty_model(prepared.directory)
+        paths = target_paths(self._models[prepared.directory], lora.target_modules)
+        return sum(lora.rank * (m + n) for m, n in paths.values())
 
     def _make(
         self,
@@ -141,22 +231,24 @@ class Worker:
         pause: float | None,
     ) -> dict[str, Any]:
         """Fill the work directory of a cell's step."""
-        new = self.cache.lookup("stage", trains) is None
+        ours = self._is_ours(trains)
         try:
             trained = self.trainer.train(prepared, inputs, base, trains, pause)
         except DivergedError as error:
-            write_json(work / "outcome.json", {"state": "diverged", "step": error.step})
+            told = {"step": error.step, "steps": error.steps, "validation": error.validation}
+            write_json(work / "outcome.json", {"state": "diverged", **told})
             return {"state": "diverged"}
-        told: dict[str, Any] = _told(trained)
+        told = _told(trained)
         if domain is not None:
-            data = prepared.data[inputs.name]
-            items = [item_digest(example) for example in data.splits.test[: self.spec.test_limit]]
+            items = [item_digest(example) for example in self._test(prepared, inputs.name)]
             Ledger.here().enter(items, inputs.name, digest, domain.digest)
             told["test"] = asdict(HeldOut.of(self.trainer.scored(inputs, domain, base, trained.adapter)))
         write_json(work / "outcome.json", told)
-        if new and not self.spec.keep_adapters:
-            shutil.rmtree(trained.step.directory)
-        return {"state": "done", "adapter": trained.adapter.digest}
+        return {"state": "done", "adapter": trained.adapter.digest, "ours": ours}
+
+
+def _cell_digest(trains: str, domain: Domain | None) -> str:
+    return step_digest("cell", VERSION, {}, {"stage": trains, "test": domain.digest if domain else None})
 
 
 def _worker(values: dict[str, Any], directory: Path, folds: int | None) -> Worker:

@@ -123,6 +123,9 @@ class Loop:
                         self._advance(progress, task)
         except KeyboardInterrupt:
             raise Interrupted(self._stop(progress)) from None
+        except DivergedError as error:
+            rows = tuple((row["step"], row["loss"]) for row in progress.validation)
+            raise DivergedError(str(error), error.step, self.plan.last, rows) from None
         if progress.best_step is not None:
             self.checkpoints.load_best(self.member, progress.best_step)
         self.member.eval()
@@ -157,11 +160,12 @@ class Loop:
             self._save(progress)
 
     def _pause_if_due(self, progress: Progress) -> None:
-        """Where a validation has just been made (and a checkpoint with it)."""
-        if self.pause is None or not progress.step or progress.step < self.pause * self.plan.last:
+        """At the first validation that is due (a checkpoint is made with it), also if an earlier try went beyond it."""
+        if self.pause is None:
             return
-        if progress.validation and progress.validation[-1]["step"] == progress.step:
-            raise PausedError(progress.step, self.plan.last, progress.validation[-1]["loss"])
+        for row in progress.validation:
+            if row["step"] and row["step"] >= self.pause * self.plan.last:
+                raise PausedError(row["step"], self.plan.last, row["loss"])
 
     def _start_trackers(self) -> None:
         """One run of each tracker a stage, under the stage's name.
@@ -260,6 +264,12 @@ class Loop:
         self.member.train()
         if loss is None:
             return
+        if progress.step and not math.isfinite(loss):
+            raise DivergedError(
+                f"{self.name}: validation loss {loss} after step {progress.step}. Training diverged; lower "
+                f"learning_rate (now {self.settings.learning_rate:g}) or alpha",
+                progress.step,
+            )
         self.reporter.event("validation", stage=self.name, step=progress.step, loss=loss)
         self._track({"validation_loss": loss}, progress.step)
         with self.interrupts.held():
