@@ -1,20 +1,21 @@
-"""Training side by side: TRL's SFTTrainer and DPOTrainer, lorchestra, and the bound that matrix products set.
+"""Training side by side: TRL's SFTTrainer and DPOTrainer, ms-swift, lorchestra, and the bound of the matrix products.
 
 Same base, same token ids, same batch, rank, targets, learning rate, schedule, steps and number format; what they are
 stands in ``benchmarks/train.yaml``. Prints one table and writes ``benchmarks/results/train.json``::
 
     python3 -m venv .venv-trl
     .venv-trl/bin/pip install 'torch>=2.6,<2.14' trl==1.16.0 peft==0.21.2 transformers==5.23.0
-    python benchmarks/train.py --peer-python .venv-trl/bin/python     # about 12 minutes, most of it TRL's
+    python benchmarks/train.py --peer-python .venv-trl/bin/python     # most of the time is TRL's
+    python benchmarks/train.py --peer-python … --swift-python …       # ms-swift too (benchmarks/peers/with_swift.py)
     python benchmarks/train.py                                        # ours and the bound
     python benchmarks/train.py --short                                # a tiny random base, three steps: for CI
 
-Every training has a process of its own, one at a time; a round is bound, TRL, lorchestra for each task, with a seed of
-its own, and the table has the medians over the rounds. What is counted:
+Every training has a process of its own, one at a time; a round is bound, TRL, ms-swift (in the first round
+only), lorchestra for each task, with a seed of its own, and the table has the medians over the rounds. What is counted:
 
 - tokens: of the data, without padding, a preference pair's prompt once; times epochs. The same for every row.
 - seconds: ours is ``train_stage`` from call to return (mounting, hashing the frozen base before and after, reference
-  log-probabilities, steps, a checkpoint); TRL's is ``trainer.train()`` from call to return, and precomputing
+  log-probabilities, steps, a checkpoint); a peer's is ``trainer.train()`` from call to return, and precomputing
   references. Imports, loading the base, tokenising and saving the adapter are in neither.
 - bound: 4 FLOP a token and weight of the adapted modules (forward, gradient of the input), 6 a token and weight of the
   LoRA; for DPO 2 more a token and weight for the reference, once. No attention, no output embedding, no elementwise
@@ -39,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PARTS, TRL, SCORER = HERE / "train_parts.py", HERE / "peers" / "with_trl.py", HERE / "peers" / "scorer.py"
+PARTS, PEERS = HERE / "train_parts.py", HERE / "peers"
 RESULTS = HERE / "results" / "train.json"
 
 
@@ -47,6 +48,7 @@ def main() -> None:
     """Measure, print, write."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--peer-python", type=Path, help="python of an environment with TRL; without it, no TRL rows")
+    options.add_argument("--swift-python", type=Path, help="python of an environment with ms-swift")
     options.add_argument("--recipe", type=Path, default=HERE / "train.yaml")
     options.add_argument("--task", choices=("sft", "dpo"), help="only this one")
     options.add_argument("--rounds", type=int, default=2, help="one seed each")
@@ -71,14 +73,14 @@ def measure(work: Path, asked: argparse.Namespace) -> dict[str, Any]:
     jobs = run([sys.executable, PARTS, kind, recipe, work], asked.threads)["result"]
     tasks = {name: Path(job) for name, job in jobs.items() if asked.task in (None, name)}
     found: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d %H:%M %Z"), "command": " ".join(["python", *sys.argv]), "machine": machine(),
+        "date": time.strftime("%Y-%m-%d %H:%M %Z"), "command": command(asked), "machine": machine(),
         "threads": asked.threads, "rounds": 1 if asked.short else asked.rounds, "tasks": {},
     }  # fmt: skip
     for seed in range(found["rounds"]):
         for task, path in tasks.items():
             rows = found["tasks"].setdefault(task, {"bound": [], "sides": {}})
             rows["bound"].append(run([sys.executable, PARTS, "bound", path, work], asked.threads)["result"])
-            for side, program in programs(asked).items():
+            for side, program in programs(asked, seed).items():
                 out = work / f"{task}-{side}-{seed}"
                 done = run([*program, path, out, "--seed", seed], asked.threads)
                 row = done["result"] | {"peak_mb": done["peak_mb"], "processor": done["processor"], "seed": seed}
@@ -90,7 +92,9 @@ def measure(work: Path, asked: argparse.Namespace) -> dict[str, Any]:
         places = [
             work / f"{task}-{side}-{row['seed']}" / "adapter" for side in rows["sides"] for row in rows["sides"][side]
         ]
-        scores = run([sys.executable, SCORER, path, *places, "--items", asked.scored], asked.threads)["result"]
+        scores = run([sys.executable, PEERS / "scorer.py", path, *places, "--items", asked.scored], asked.threads)[
+            "result"
+        ]
         flat = [row for side in rows["sides"].values() for row in side]
         for row, score in zip(flat, scores, strict=True):
             row["scored"] = score
@@ -100,10 +104,21 @@ def measure(work: Path, asked: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def programs(asked: argparse.Namespace) -> dict[str, list[Any]]:
-    """Side → what trains it, in the order of a round."""
-    theirs = {} if asked.peer_python is None else {"TRL": [asked.peer_python, TRL]}
-    return {**theirs, "lorchestra": [sys.executable, PARTS, "ours"]}
+def programs(asked: argparse.Namespace, seed: int) -> dict[str, list[Any]]:
+    """Side → what trains it, in the order of round ``seed``."""
+    found: dict[str, list[Any]] = {}
+    if asked.peer_python is not None:
+        found["TRL"] = [asked.peer_python, PEERS / "with_trl.py"]
+    if asked.swift_python is not None and seed == 0:
+        found["ms-swift"] = [asked.swift_python, PEERS / "with_swift.py"]
+    return found | {"lorchestra": [sys.executable, PARTS, "ours"]}
+
+
+def command(asked: argparse.Namespace) -> str:
+    """What was called, without the places of this machine."""
+    words = [f"--{key.replace('_', '-')} PYTHON" for key in ("peer_python", "swift_python") if getattr(asked, key)]
+    words += [f"--task {asked.task}"] * bool(asked.task)
+    return " ".join(["python benchmarks/train.py", *words, f"--rounds {asked.rounds} --threads {asked.threads}"])
 
 
 def run(command: Sequence[Any], threads: int) -> dict[str, Any]:
@@ -174,11 +189,14 @@ def summary(rows: Mapping[str, Any]) -> dict[str, Any]:
             "gflop_per_second": statistics.median(bound["flop_per_second"] for bound in rows["bound"]) / 1e9,
         }
     }
+    theirs = {row["seed"]: row["seconds"] for row in rows["sides"].get("TRL", ())}
     for side, runs in rows["sides"].items():
         speeds = [seen / row["seconds"] for row in runs]
         out[side] = {
             "tokens_per_second": statistics.median(speeds),
-            "of_the_bound": statistics.median(speed / bound for speed, bound in zip(speeds, bounds, strict=True)),
+            "of_the_bound": statistics.median(
+                speed / bounds[row["seed"]] for speed, row in zip(speeds, runs, strict=True)
+            ),
             "seconds": statistics.median(row["seconds"] for row in runs),
             "peak_mb": max(row["peak_mb"] for row in runs),
             "first_loss": [row["first_loss"] for row in runs],
@@ -186,11 +204,8 @@ def summary(rows: Mapping[str, Any]) -> dict[str, Any]:
         for part in ("train", "validation"):
             losses = [row["scored"][part] for row in runs]
             out[side][part] = {"mean": statistics.fmean(losses), "spread": max(losses) - min(losses)}
-        if "TRL" in rows["sides"]:
-            theirs = rows["sides"]["TRL"]
-            out[side]["times_trl"] = statistics.median(
-                b["seconds"] / a["seconds"] for a, b in zip(runs, theirs, strict=True)
-            )
+        if theirs:
+            out[side]["times_trl"] = statistics.median(theirs[row["seed"]] / row["seconds"] for row in runs)
     return out
 
 

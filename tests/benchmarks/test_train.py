@@ -155,11 +155,13 @@ def rows_of(theirs, ours):
 
 def test_ratios_are_taken_within_a_round(train):
     """A machine that is twice as slow in one round is so for both sides."""
-    rows = rows_of([a_run(10), a_run(20)], [a_run(4, loss=1.0, peak=90), a_run(8, loss=1.5)])
+    rows = rows_of([a_run(10), a_run(20, seed=1)], [a_run(4, loss=1.0, peak=90), a_run(8, loss=1.5, seed=1)])
+    rows["sides"]["ms-swift"] = [a_run(15, seed=1)]
     found = train.summary(rows)
     assert found["bound"]["tokens_per_second"] == pytest.approx(1000)
     assert found["lorchestra"]["times_trl"] == pytest.approx(2.5)
     assert found["TRL"]["times_trl"] == 1
+    assert found["ms-swift"]["times_trl"] == pytest.approx(20 / 15)
     assert found["lorchestra"]["tokens_per_second"] == pytest.approx((250 + 125) / 2)
     assert found["lorchestra"]["of_the_bound"] == pytest.approx((0.25 + 0.125) / 2)
     assert found["lorchestra"]["train"] == {"mean": 1.25, "spread": 0.5}
