@@ -107,3 +107,14 @@ def test_the_machine_is_measured_in_a_moment(wide):
     assert 1e8 < machine.flops < 1e15
     assert 1e8 < machine.bandwidth < 1e13
     assert machine.memory is None or machine.memory > 1e8
+
+
+def test_four_bits_count_for_linear_modules_alone(wide):
+    """½ byte a number, an 8-bit scale for 64 of them, a float32 scale for 256 of these; the rest as it is loaded."""
+    plain, packed = shape_of(wide, 2), shape_of(wide, 2, quantised=True)
+    linear = sum(m.weight.numel() for n, m in wide.named_modules() if n.endswith("_proj"))
+    assert packed.bytes == round((plain.parameters - linear) * 2 + linear * (0.5 + 1 / 64 + 4 / 16384))
+    assert packed.plain == plain
+    numbers = (1000, 0, 512, 128, False)
+    saved = training_memory(plain, *numbers) - training_memory(packed, *numbers)
+    assert saved == plain.bytes - packed.bytes, "activations are in the dtype that is computed in"
