@@ -78,18 +78,16 @@ class Matrix:
         records = _records(path)
         columns = _Columns(plain, path)
         columns.check(list(dict.fromkeys(column for record in records for column in record.values)))
-        found, problems = [], list[str]()
-        lines: dict[str, str] = {}
-        for record in records:
-            cells = {key: text for key, value in record.values.items() if (text := _text(value))}
-            problems += _name_problems(cells.get("name", ""), record.origin, lines)
-            if not any(key == "data" or key.startswith("data.") for key in map(columns.canonical, cells)):
-                problems.append(f"{record.origin}: no data: give a source (data), or rows of the recipe's (data.where)")
-            made = columns.overrides(cells)
-            found.append(Department(cells.get("name", ""), record.origin, tuple(made), cells))
+        rows = [{key: text for key, value in record.values.items() if (text := _text(value))} for record in records]
+        found = [
+            Department(cells.get("name", ""), record.origin, tuple(columns.overrides(cells)), cells)
+            for record, cells in zip(records, rows, strict=True)
+        ]
         matrix = cls(path.resolve(), recipe.resolve(), tuple(overrides), plain.stages[-1].name, tuple(found))
         matrix.shared().check_sources()
+        problems, lines = list[str](), dict[str, str]()
         for department in found:
+            problems += _name_problems(department.name, department.origin, lines)
             problems += matrix._problems(department, columns)
         if problems:
             more = [f"… and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
@@ -131,6 +129,8 @@ class Matrix:
 
     def _problems(self, department: Department, columns: _Columns) -> list[str]:
         """What is wrong with one row, but for its name."""
+        if not any(map(_is_data, map(columns.canonical, department.settings))):
+            return [f"{department.origin}: no data: give a source (data), or choose rows of the recipe's (data.where)"]
         try:
             recipe = self.recipe_of(department)
             recipe.check_sources()
@@ -178,7 +178,7 @@ class _Columns:
         """
         problems, seen = list[str](), dict[str, str]()
         if "name" not in columns:
-            problems.append(f"there is no column 'name'{near('name', columns)}; it names the departments")
+            problems.append("there is no column 'name', which names the departments")
         for column in columns:
             key = self.canonical(column)
             if key in seen:
@@ -323,9 +323,11 @@ def _at(department: Department, columns: _Columns, line: str) -> str:
     """A line of a recipe's message, at the row's line and column instead of ``--set …``."""
     for override in department.overrides:
         if f"--set {override}: " in line:
-            key = override.split("=", 1)[0]
-            column = next((c for c in department.settings if columns.canonical(c) == columns.canonical(key)), "data")
-            rest = line.split(f"--set {override}: ", 1)[1]
-            dotted = re.compile(rf"^(stages\.(\d+|{re.escape(columns.stage.name)})|fusion)[\w.]*: ")
-            return f"{department.origin}: {column}: {dotted.sub('', rest)}"
+            key = columns.canonical(override.split("=", 1)[0])
+            text = line.split(f"--set {override}: ", 1)[1]
+            path, _, said = text.partition(": ")
+            if " " in path:  # not a place, but the beginning of a sentence
+                path, said = "", text
+            part = re.search(r"\.data\.(?:0\.)?(\w+)$", path)
+            return f"{department.origin}: {f'data.{part[1]}' if part else key}: {said}"
     return f"{department.origin}: {line}"

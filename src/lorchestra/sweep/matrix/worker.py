@@ -133,12 +133,13 @@ class DepartmentWorker:
         chosen: Chosen,
     ) -> tuple[Adapter, dict[str, Any]]:
         """The department's adapter into ``work/adapter``, under its own name; what is told of it."""
-        taking = {key: members[key] for key, weight in chosen.weights.items() if weight}
+        weights = {key: weight for key, weight in chosen.weights.items() if weight}
+        taking = {key: members[key] for key in weights}
         called = replace(prepared, recipe=prepared.recipe.model_copy(update={"name": department.name}))
-        fused, step = fuse_step(called, taking, chosen, self.trainer.cache, self.reporter)
+        fused, step = fuse_step(called, taking, replace(chosen, weights=weights), self.trainer.cache, self.reporter)
         place(step.directory / "adapter", work / "adapter")
         told = {
-            "weights": {key: chosen.weights[key] for key in taking},
+            "weights": weights,
             "members": {key: adapter.digest for key, adapter in taking.items()},
             "digest": fused.digest,
             "retained": step.info["retained"],
