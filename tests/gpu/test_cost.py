@@ -73,6 +73,7 @@ def shapes(model):
 
 @pytest.mark.gpu
 @pytest.mark.real
+@pytest.mark.parametrize("device", ["card"], indirect=True)
 @pytest.mark.parametrize("task", ["sft", "dpo"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "nf4"])
 def test_tokens_a_second_and_memory_of_the_real_base(real, device, dtype, task, tmp_path, figure):
