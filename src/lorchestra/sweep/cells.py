@@ -11,7 +11,7 @@ from typing import Any
 from lorchestra.errors import RecipeError
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.recipe.sections import SHORTHAND
-from lorchestra.recipe.words import shown
+from lorchestra.recipe.words import near, shown
 from lorchestra.sweep.spec import DATA_KEYS, SweepSpec
 from lorchestra.train.settings import LoraSettings
 
@@ -95,7 +95,9 @@ def stage_name(spec: SweepSpec, recipe: Recipe) -> str:
     """
     names = [stage.name for stage in recipe.stages]
     if spec.stage is not None and spec.stage not in names:
-        raise RecipeError(f"stage: the recipe has no stage {spec.stage!r}; there are {', '.join(names)}")
+        raise RecipeError(
+            f"stage: the recipe has no stage {spec.stage!r}; there are {', '.join(names)}{near(spec.stage, names)}"
+        )
     return spec.stage or names[-1]
 
 

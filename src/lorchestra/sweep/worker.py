@@ -11,7 +11,7 @@ from typing import Any
 
 from lorchestra.adapter.digest import json_digest
 from lorchestra.data.example import Example
-from lorchestra.errors import DivergedError, PausedError
+from lorchestra.errors import DivergedError, PausedError, RecipeError, UserError
 from lorchestra.evaluate.ledger import Ledger, item_digest
 from lorchestra.evaluate.score import Domain
 from lorchestra.events import SILENT, Reporter
@@ -90,7 +90,10 @@ class Worker:
             if key not in seen:
                 seen.add(key)
                 changed(prepared.data[name].splits.train, amounts, cell.seed)
-                self._trainable(prepared, lora)
+                try:
+                    self._trainable(prepared, lora)
+                except UserError as error:
+                    raise RecipeError(f"lora.{error}") from None
 
     def begin(self, cell: Cell) -> None:
         """Train the stages that ``cell`` rests on, in the open; the base is released again."""
