@@ -8,6 +8,7 @@ from tests.bank.test_mount import IDS, logits, random_adapter
 from tests.conftest import make_tiny_model
 
 from lorchestra.bank import Bank, TrainableMember
+from lorchestra.bank.layer import _updated
 from lorchestra.data.render import Branch, Rendered
 from lorchestra.errors import AdapterError, TrainingError
 from lorchestra.events import Silent
@@ -118,3 +119,42 @@ def test_one_row_of_coefficients_is_for_a_batch_of_one():
     with bank.using({"a": 1.0}):
         torch.testing.assert_close(logits(bank.model, IDS[:1]), alone)
         assert logits(bank.model, IDS).shape[0] == len(IDS), "shared coefficients are for any batch"
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)]
+)
+def test_an_update_against_float64(dtype, tolerance, scale):
+    """y + (c · x Aᵀ) Bᵀ with the gradients of all four, the factors float32 whatever x is."""
+    torch.manual_seed(0)
+    factors = torch.float64 if dtype == torch.float64 else torch.float32
+    y, x = torch.randn(2, 3, 5, dtype=dtype), torch.randn(2, 3, 4, dtype=dtype)
+    A, B = torch.randn(2, 4, dtype=factors), torch.randn(5, 2, dtype=factors)
+    gradient = torch.randn(2, 3, 5, dtype=dtype)
+    ours = [t.clone().requires_grad_() for t in (y, x, A, B)]
+    exact = [t.double().requires_grad_() for t in (y, x, A, B)]
+    found = _updated(*ours, scale)
+    expected = exact[0] + scale * exact[1] @ exact[2].T @ exact[3].T
+    found.backward(gradient)
+    expected.backward(gradient.double())
+    pairs = [(found, expected), *((one.grad, other.grad) for one, other in zip(ours, exact, strict=True))]
+    assert [one.grad.dtype for one in ours] == [dtype, dtype, factors, factors]
+    for one, other in pairs:
+        assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.parametrize("frozen", [(), ("a",), ("a", "b")])
+def test_numbers_and_tensors_as_coefficients_are_the_same(frozen):
+    """Plain numbers take the quick way while a member trains, tensors the general one: values and gradients agree."""
+    model = make_tiny_model()
+    bank = mounted(model, *frozen)
+    member = TrainableMember({PATH: (torch.randn(48, 2), torch.randn(2, 32))}, 1.5)
+    bank.mount_trainable("new", member)
+    found = []
+    for weight in (0.7, torch.tensor(0.7, requires_grad=True)):
+        with bank.using({**dict.fromkeys(frozen, 0.4), "new": weight}):
+            out = model(IDS).logits
+        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), (member.A[0], member.B[0]))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))

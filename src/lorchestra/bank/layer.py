@@ -6,9 +6,11 @@ Axis letters: b rows (sequences), L positions, n in_features, m out_features, K 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import dropout, embedding, linear
 
 from lorchestra.adapter.lowrank import LowRank
@@ -23,11 +25,13 @@ class Selection:
         members: K names, in the order of the columns of ``coefficients``.
         coefficients: ``[1, K]`` (the same for all rows) or ``[b, K]`` float32; may require gradients.
         per_row: whether every row has coefficients of its own; a batch of one row may have.
+        numbers: the K coefficients as plain numbers, where they are that and the same for all rows; else ``None``.
     """
 
     members: tuple[str, ...]
     coefficients: Tensor
     per_row: bool
+    numbers: tuple[float, ...] | None = None
 
 
 class Switch:
@@ -59,6 +63,34 @@ class TrainableMember(nn.Module):
         """Module path → ΔW with the scale in B, detached copies on the CPU."""
         pairs = zip(self.paths, self.B, self.A, strict=True)
         return {path: LowRank(B.detach().cpu() * self.scale, A.detach().cpu().clone()) for path, B, A in pairs}
+
+
+class _Update(torch.autograd.Function):
+    """y + (c · x Aᵀ) Bᵀ with its gradients, in x's dtype: each pass over y, x and their gradients is made once.
+
+    y ``[…, m]``, x ``[…, n]``; A ``[r, n]`` and B ``[m, r]`` in any dtype, in which their gradients are returned; c a
+    number or ``[r]``, without a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, c: float | Tensor) -> Tensor:
+        ctx.dtypes, ctx.shape, ctx.c = (A.dtype, B.dtype), x.shape, c
+        x, A, B = x.reshape(-1, x.shape[-1]), A.to(x.dtype), B.to(x.dtype)
+        z = (x @ A.T).mul_(c)
+        ctx.save_for_backward(x, A, B, z)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), z, B.T).view(y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B, z = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        dz = (rows @ B).mul_(ctx.c)
+        _, want_x, want_A, want_B, _ = ctx.needs_input_grad
+        dx = (dz @ A).view(ctx.shape) if want_x else None
+        dA = (dz.T @ x).to(ctx.dtypes[0]) if want_A else None
+        dB = (z.T @ rows).T.to(ctx.dtypes[1]) if want_B else None
+        return dy, dx, dA, dB, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,17 +150,25 @@ class BankLayer:
                 f"{self.path}: coefficients for {selection.coefficients.shape[0]} rows, but the input is "
                 f"{tuple(x.shape)}; give one row of coefficients per sequence of the batch"
             )
+        training = self.trainable is not None and self.trainable[0] in selection.members
         stack = self._stacked(selection.members)
         if stack is not None:
-            z = _projected(module, x, stack.A)
-            output = output + linear(z * _spread(selection, stack.column, z), stack.B)
-        if self.trainable is not None and self.trainable[0] in selection.members:
+            if training and selection.numbers is not None:
+                output = _updated(output, x, stack.A, stack.B, _spread(selection, stack.column, x))
+            else:
+                z = _projected(module, x, stack.A)
+                output = output + linear(z * _spread(selection, stack.column, z), stack.B)
+        if self.trainable is not None and training:
             name, member, index = self.trainable
-            column = torch.tensor([selection.members.index(name)], device=x.device)
-            A, B = member.A[index].to(x.dtype), member.B[index].to(x.dtype)
+            k = selection.members.index(name)
+            A, B = member.A[index], member.B[index]
             seen = dropout(x, member.dropout, training=member.training) if member.dropout else x
-            z = linear(seen, A) * (_spread(selection, column, x) * member.scale)
-            output = output + linear(z, B)
+            if selection.numbers is not None:
+                output = _updated(output, seen, A, B, selection.numbers[k] * member.scale)
+            else:
+                column = torch.tensor([k], device=x.device)
+                z = linear(seen, A.to(x.dtype)) * (_spread(selection, column, x) * member.scale)
+                output = output + linear(z, B.to(x.dtype))
         return output
 
     def check(self) -> None:
@@ -171,6 +211,12 @@ class BankLayer:
             torch.cat([update.B for _, update in here], dim=1),
             torch.cat(columns),
         )
+
+
+def _updated(y: Tensor, x: Tensor, A: Tensor, B: Tensor, c: float | Tensor) -> Tensor:
+    """y + (c · x Aᵀ) Bᵀ; see :class:`_Update`."""
+    out: Tensor = _Update.apply(y, x, A, B, c)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _projected(module: nn.Module, x: Tensor, A: Tensor) -> Tensor:

@@ -185,7 +185,11 @@ class Bank:
         selection = None
         if members:
             device = next(self.model.parameters()).device
-            selection = Selection(members, _matrix(rows, members, device), per_row)
+            shared = [rows[0].get(name, 0.0) for name in members] if not per_row else []
+            numbers = tuple(c for c in shared if not isinstance(c, Tensor))
+            selection = Selection(
+                members, _matrix(rows, members, device), per_row, numbers if len(numbers) == len(members) else None
+            )
         before, self._switch.selection = self._switch.selection, selection
         try:
             yield

@@ -21,6 +21,7 @@ from lorchestra.base.nf4 import scales
 from lorchestra.data.render import Rendered
 from lorchestra.errors import DivergedError, TrainingError, UserError
 from lorchestra.events import SILENT, Reporter
+from lorchestra.objective.attention import quick_attention
 from lorchestra.train.checkpoint import Progress
 from lorchestra.train.context import final_weights, first_weights
 from lorchestra.train.loop import Loop, refuse_absent_trackers
@@ -114,9 +115,9 @@ def train_stage(
     directory.mkdir(parents=True, exist_ok=True)
     before = frozen_digest(model, reporter, "hash the frozen base")
     bank = Bank(model, base)
-    layout = Layout.of(model, pad_id)
     schedules = {name: member for name, (_, member) in inputs.context.items()}
-    try:
+    with quick_attention(model), _unmounted(bank):
+        layout = Layout.of(model, pad_id)
         for name, (adapter, _) in inputs.context.items():
             bank.load(name, adapter)
         context_before = _context_digest(bank, inputs)
@@ -153,8 +154,6 @@ def train_stage(
             if _context_digest(bank, inputs) != context_before:
                 raise TrainingError(f"stage {inputs.name!r} changed its frozen context; its adapter is not kept")
         modules = member.folded()
-    finally:
-        bank.unmount()
     with _nothing_kept(directory):
         if frozen_digest(model, reporter, "compare the frozen base") != before:
             raise TrainingError(f"stage {inputs.name!r} changed a tensor of the frozen base; its adapter is not kept")
@@ -248,6 +247,15 @@ def _nothing_kept(directory: Path) -> Iterator[None]:
     except TrainingError:
         shutil.rmtree(directory)
         raise
+
+
+@contextmanager
+def _unmounted(bank: Bank) -> Iterator[None]:
+    """Afterwards the bank's model is the one that was given."""
+    try:
+        yield
+    finally:
+        bank.unmount()
 
 
 @contextmanager
