@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lorchestra.data.render import Branch, Rendered
 from lorchestra.errors import DataError
+from lorchestra.objective import logprobs
 from lorchestra.objective.batch import batches, length, pack
 from lorchestra.objective.logprobs import branch_logprobs, tree_is_exact
 
@@ -112,3 +113,29 @@ def test_empty_input():
         pack([], pad_id=0)
     with pytest.raises(DataError, match="at least one branch"):
         pack([Rendered((1,), (), 0)], pad_id=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 2 * 11, 1 << 22])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_logprobs_and_gradients_of_chunks_against_float64(chunk, dtype, tolerance, monkeypatch):
+    """A token that is nearly certain included: its gradient is a small difference, not a rounded one."""
+    monkeypatch.setattr(logprobs, "CHUNK", chunk)
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(5, 11)).to(dtype)
+    target = torch.tensor([0, 10, 3, 3, 7])
+    logits[2, 3] = 12.0
+    weight = torch.randn(5)
+    ours, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    found = logprobs._logprobs(ours, target)
+    expected = exact.log_softmax(1)[torch.arange(5), target]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
+    (found * weight).sum().backward()
+    (expected * weight.double()).sum().backward()
+    torch.testing.assert_close(ours.grad, exact.grad.to(dtype), rtol=tolerance, atol=1e-6)
+
+
+def test_a_batch_in_which_nothing_is_supervised():
+    found = logprobs._logprobs(torch.randn(0, 11, requires_grad=True), torch.zeros(0, dtype=torch.int64))
+    assert found.shape == (0,)
+    found.sum().backward()

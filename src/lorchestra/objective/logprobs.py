@@ -10,10 +10,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lorchestra.data.render import Branch, Rendered
 from lorchestra.errors import LorchestraError
 from lorchestra.objective.batch import Batch, pack
+
+CHUNK = 1 << 22  # float32 logits at a time: 16 MiB
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,45 @@ def branch_logprobs(model: nn.Module, batch: Batch) -> BranchScores:
         kwargs |= {"attention_mask": _additive(batch.mask, model), "position_ids": batch.position_ids}
     with _gathered(model, batch):
         logits = model(**kwargs).logits[0]
-    logprobs = -nn.functional.cross_entropy(logits.float(), batch.target, reduction="none")
+    logprobs = _logprobs(logits, batch.target)
     branches = batch.item.numel()
     sums = torch.zeros(branches, dtype=torch.float32, device=logprobs.device).index_add(0, batch.branch, logprobs)
     return BranchScores(sums, torch.bincount(batch.branch, minlength=branches), batch.item)
+
+
+class _Logprobs(torch.autograd.Function):
+    """log softmax(logits)[target] of every row in float32, a few rows at a time: the vocabulary is wide."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, target)
+        found = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
+        for rows in _slices(logits):
+            vocabulary = torch.log_softmax(logits[rows].float(), dim=1)
+            found[rows] = vocabulary.gather(1, target[rows, None])[:, 0]
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target = ctx.saved_tensors
+        d_logits = torch.empty_like(logits)
+        for rows in _slices(logits):
+            wanted = gradient[rows, None]
+            part = torch.softmax(logits[rows].float(), dim=1).mul_(-wanted)
+            d_logits[rows] = part.scatter_add_(1, target[rows, None], wanted)
+        return d_logits, None
+
+
+def _logprobs(logits: Tensor, target: Tensor) -> Tensor:
+    """``[N]`` float32 from logits ``[N, V]`` and target ``[N]``."""
+    out: Tensor = _Logprobs.apply(logits, target)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _slices(logits: Tensor) -> list[slice]:
+    rows = max(1, CHUNK // logits.shape[1])
+    return [slice(first, first + rows) for first in range(0, logits.shape[0], rows)]
 
 
 def _additive(mask: Tensor, model: nn.Module) -> Tensor:
