@@ -10,9 +10,11 @@ import zlib
 
 import pytest
 from tests.report.test_diagnosis import make_data as make_diagnosis
+from tests.report.test_sweep import make_data as make_sweep
 from tests.report.test_write import SECTIONS, make_data
 
 from lorchestra.report.diagnosis import render_diagnosis
+from lorchestra.report.sweep import render_sweep
 from lorchestra.report.write import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -80,5 +82,16 @@ def test_the_page_of_a_diagnosis_is_drawn_and_silent(tmp_path):
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
     picture = tmp_path / "diagnosis.png"
     chromium(page, tmp_path / "profile", "--window-size=1280,2000", f"--screenshot={picture}")
+    rows = pixels(picture.read_bytes())
+    assert sum(len(set(row)) > 8 for row in rows) > len(rows) / 4
+
+
+@pytest.mark.parametrize("width", [500, 1280])
+def test_the_page_of_a_sweep_is_drawn_and_silent(tmp_path, width):
+    page, picture = tmp_path / "sweep.html", tmp_path / "sweep.png"
+    page.write_text(render_sweep(make_sweep()), encoding="utf-8")
+    done = chromium(page, tmp_path / "profile", "--enable-logging=stderr", "--v=0", "--dump-dom")
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    chromium(page, tmp_path / "profile", f"--window-size={width},1200", f"--screenshot={picture}")
     rows = pixels(picture.read_bytes())
     assert sum(len(set(row)) > 8 for row in rows) > len(rows) / 4

@@ -62,9 +62,12 @@ class Line:
 
 def line_chart(
     lines: Sequence[Line], label: str, *, floor: float | None = None, ceiling: float | None = None,
-    marks: Sequence[tuple[float, str]] = (), x_label: str = "step",
+    marks: Sequence[tuple[float, str]] = (), x_label: str = "step", values: Sequence[float] = (),
 ) -> Markup:  # fmt: skip
     """Curves over steps. ``floor`` and ``ceiling`` are kept in view; ``marks`` are labelled vertical lines.
+
+    With ``values`` the curves are over these (ranks, say), each of which is marked on the axis; they stand evenly
+    where each is a multiple of the one before.
 
     The axis turns logarithmic when positive values span more than a factor of 50 and no ``floor`` is asked for.
     Empty markup without any point.
@@ -81,16 +84,18 @@ def line_chart(
         low = floor
     width, height = 380, 200
     left, right = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 1, max(xs) + 1)
-    across = Scale(left, right, 46, width - 10)
+    wide = bool(values) and left > 0 and right / left >= 4
+    inset = 8 if values else 0
+    across = Scale(left, right, 46 + inset, width - 10 - inset, wide)
     up = Scale(low, high, height - 32, 12, log)
     parts: list[Markup] = []
     for at in up.ticks(5):
-        parts.append(element("line", class_="grid", x1=across.start, x2=across.stop, y1=up(at), y2=up(at)))
+        parts.append(element("line", class_="grid", x1=46, x2=width - 10, y1=up(at), y2=up(at)))
         parts.append(element("text", tick(at), class_="tick", x=40, y=up(at) + 3.5, text_anchor="end"))
-    for at in across.ticks(5):
+    for at in values or across.ticks(5):
         parts.append(element("text", tick(at), class_="tick", x=across(at), y=height - 16, text_anchor="middle"))
     parts.append(element("text", x_label, class_="tick axis", x=across.stop, y=height - 4, text_anchor="end"))
-    parts.append(element("line", class_="base", x1=across.start, x2=across.stop, y1=up.start, y2=up.start))
+    parts.append(element("line", class_="base", x1=46, x2=width - 10, y1=up.start, y2=up.start))
     for at, text in marks:
         end = across(at) > width * 0.7
         parts.append(element("line", class_="mark", x1=across(at), x2=across(at), y1=up.stop, y2=up.start))
@@ -98,7 +103,12 @@ def line_chart(
         parts.append(element("text", text, class_="tick", x=place, y=20, text_anchor="end" if end else "start"))
     for line in lines:
         parts += _curve(line, across, up)
-    frame = {"x": [left, right, across.start, across.stop], "y": [low, high, up.start, up.stop], "log": log}
+    frame: dict[str, object] = {
+        "x": [left, right, across.start, across.stop],
+        "y": [low, high, up.start, up.stop],
+        "log": log,
+    }
+    frame |= {"name": x_label} | ({"places": [[round(across(at), 1), tick(at)] for at in values]} if values else {})
     return _svg(width, height, label, *parts, data_frame=json.dumps(frame), class_="chart")
 
 

@@ -14,9 +14,11 @@ from lorchestra.report.write import clean, document
 MOST_LINES = 8  # colours of a chart
 # Figure of a row → heading of its chart, and whether its axis begins at nought.
 _CHARTS = (
+    ("failed", "Stability: trainings that diverged or ended above the start", True),
+    ("validation_spread", "Stability: standard deviation of the validation loss over seeds", True),
+    ("test", "Test {metric}, mean over seeds", False),
+    ("gap", "Overfitting: validation minus training loss at the end, nats a token", False),
     ("validation", "Validation loss of what was kept, nats a token", False),
-    ("validation_spread", "Its standard deviation over seeds", True),
-    ("gap", "Validation minus training loss at the end, nats a token", False),
     ("gradient", "Gradient norm before clipping, median over steps", False),
 )
 
@@ -41,8 +43,7 @@ def _view(data: Mapping[str, Any]) -> dict[str, Any]:
     ends = [
         end for row in rows for end in (mapping(row.get("test")).get(key) for key in ("low", "high")) if finite(end)
     ]
-    start = mapping(data.get("start"))
-    base = sum(start["values"]) / sum(start["weights"]) if start else None
+    base = _start(mapping(data.get("start")))
     span = (
         (min([*ends, base] if finite(base) else ends), max([*ends, base] if finite(base) else ends))
         if ends
@@ -64,14 +65,26 @@ def _view(data: Mapping[str, Any]) -> dict[str, Any]:
         "metric": metric.replace("_", " "),
         "base": measure(base, metric) if finite(base) else "",
         "rows": [_row(row, axes, metric, span, base, mapping(row.get("settings")) in taken) for row in rows],
-        "charts": _charts(rows, axes, metric),
+        "readings": data.get("readings"),
+        **_charts(rows, axes, metric),
         "spec": json.dumps(spec, indent=1, ensure_ascii=False),
         "folds": data.get("folds"),
     }
 
 
+def _start(scores: Mapping[str, Any]) -> float | None:
+    """The test score before training."""
+    values, weights = ([x for x in scores.get(key) or () if finite(x)] for key in ("values", "weights"))
+    return sum(values) / sum(weights) if values and len(values) == len(weights) and sum(weights) else None
+
+
 def _named(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in settings.items())
+    return ", ".join(f"{key.rpartition('.')[2]} {_shown(value)}" for key, value in settings.items())
+
+
+def _shown(value: Any) -> str:
+    """A setting's value: ranks without thousands, learning rates short."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _row(
@@ -80,18 +93,18 @@ def _row(
     test, settings = mapping(row.get("test")), mapping(row.get("settings"))
     spread, relative = row.get("validation_spread"), row.get("gradient_spread")
     return {
-        "settings": [str(settings.get(axis)) for axis in axes],
+        "settings": [_shown(settings.get(axis)) for axis in axes],
         "taken": taken,
         "stability": _stability(row),
-        "validation": number(row.get("validation"), 4),
+        "validation": measure(row.get("validation"), "nll"),
         "spread": f"± {number(spread, 2)}" if finite(spread) else "",
         "gradient": number(row.get("gradient"), 3),
         "relative": f"± {percent(round(relative, 3))}" if finite(relative) else "",
         "test": measure(test.get("estimate"), metric),
         "interval": between(test.get("low"), test.get("high"), metric),
         "strip": interval_strip(test.get("estimate"), test.get("low"), test.get("high"), span, base, "unclear"),
-        "gap": number(row.get("gap"), 3),
-        "onset": f"from epoch {number(row['onset'], 2)}" if finite(row.get("onset")) else "",
+        "gap": measure(row.get("gap"), "nll"),
+        "onset": f"epoch {number(row['onset'], 2)}" if finite(row.get("onset")) else "",
         "rising": f"{row.get('rising')} of {row.get('done')}" if row.get("rising") else "",
         "trainable": number(row.get("trainable")),
         "seconds": duration(row.get("seconds")) if row.get("done") else ABSENT,
@@ -107,40 +120,53 @@ def _stability(row: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _charts(rows: Sequence[Mapping[str, Any]], axes: Sequence[str], metric: str) -> list[dict[str, Any]]:
-    """Figures over the first axis of numbers; a line for each combination of the others."""
+def _charts(rows: Sequence[Mapping[str, Any]], axes: Sequence[str], metric: str) -> dict[str, Any]:
+    """Figures over the first axis of numbers; a line for each combination of the others, with one legend for all."""
     across = next((axis for axis in axes if _is_scale(axis, rows)), None)
     if across is None:
-        return []
+        return {"charts": [], "legend": [], "left_out": 0}
     others = [axis for axis in axes if axis != across]
     series: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         settings = mapping(row.get("settings"))
-        series.setdefault(" · ".join(str(settings.get(axis)) for axis in others), []).append(row)
+        series.setdefault(" · ".join(_shown(settings.get(axis)) for axis in others), []).append(row)
     named = list(series.items())[:MOST_LINES]
-    keys = [{"name": name, "hue": hue} for hue, (name, _) in enumerate(named) if name]
-    out = []
-    charts = [("test", f"Test {metric.replace('_', ' ')}", False), *_CHARTS] if metric else _CHARTS
-    for figure, title, floor in charts:
+    values = sorted({float(mapping(row.get("settings"))[across]) for row in rows})
+    charts = []
+    for figure, title, floor in _CHARTS:
+        title = title.format(metric=metric.replace("_", " "))
         lines = [
             Line.of(
-                name or title,
-                [(mapping(row["settings"])[across], _figure(row, figure)) for row in group],
+                name or across.rpartition(".")[2],
+                [(mapping(row["settings"])[across], _figure(row, figure)) for row in _along(group, across)],
                 hue,
                 dots=True,
             )
             for hue, (name, group) in enumerate(named)
         ]
-        chart = line_chart(lines, title, floor=0.0 if floor else None, x_label=across.rpartition(".")[2])
+        if figure == "failed" and not any(y for line in lines for _, y in line.points):
+            continue
+        chart = line_chart(lines, title, floor=0.0 if floor else None, x_label=across.rpartition(".")[2], values=values)
         if chart:
-            out.append({"title": title, "chart": chart, "keys": keys})
-    return out
+            charts.append({"title": title, "chart": chart})
+    legend = [{"name": name, "hue": hue} for hue, (name, _) in enumerate(named) if name]
+    return {"charts": charts, "legend": legend, "left_out": len(series) - len(named)}
+
+
+def _along(group: Sequence[Mapping[str, Any]], axis: str) -> list[Mapping[str, Any]]:
+    return sorted(group, key=lambda row: float(mapping(row["settings"])[axis]))
 
 
 def _is_scale(axis: str, rows: Sequence[Mapping[str, Any]]) -> bool:
-    values = {json.dumps(mapping(row.get("settings")).get(axis)) for row in rows}
-    return len(values) > 1 and all(finite(json.loads(value)) for value in values)
+    values = [mapping(row.get("settings")).get(axis) for row in rows]
+    return all(map(finite, values)) and len(set(values)) > 1
 
 
-def _figure(row: Mapping[str, Any], figure: str) -> Any:
-    return mapping(row.get("test")).get("estimate") if figure == "test" else row.get(figure)
+def _figure(row: Mapping[str, Any], figure: str) -> float | None:
+    """What a chart draws of a row; means over the survivors of a setting that diverged would flatter it."""
+    if figure == "failed":
+        return (row.get("worse") or 0) / row["runs"] if row.get("runs") else None
+    if row.get("diverged"):
+        return None
+    value = mapping(row.get("test")).get("estimate") if figure == "test" else row.get(figure)
+    return value if finite(value) else None
