@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.recipe.sections import SETTLED
+from lorchestra.sweep.spec import SweepSpec
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -73,6 +74,9 @@ def yaml_blocks() -> list[typing.Any]:
 def test_a_part_of_a_recipe_loads(text, tmp_path):
     """Put where it belongs, every fragment is valid too."""
     values = YAML(typ="safe").load(text)
+    if "recipe" in values:
+        assert SweepSpec.from_dict({"name": "x", **values}, tmp_path)
+        return
     whole: dict[str, typing.Any] = {"name": "x", "base": "b", "stages": [{"name": "terms", "data": "d.jsonl"}]}
     known = set(Recipe.model_fields)
     if set(values) <= known:
@@ -126,6 +130,18 @@ def test_every_key_of_the_recipe_is_documented_with_its_default(name):
             plain = list(default) if isinstance(default, tuple) else default
             written = YAML(typ="safe").load(cell.strip("`"))
             assert written == plain or float(written) == plain, field_name
+
+
+def test_every_key_of_a_sweep_is_documented_with_its_default():
+    text = (ROOT / "docs" / "sweep.md").read_text(encoding="utf-8")
+    section = re.search(r"^## The specification.*?(?=^## )", text, re.MULTILINE | re.DOTALL)
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", section[0] if section else "", re.MULTILINE))
+    assert set(rows) == set(SweepSpec.model_fields)
+    plain = SweepSpec.from_dict({"recipe": "r", "name": "x"}).model_dump(mode="json")
+    for key, cell in rows.items():
+        required = SweepSpec.model_fields[key].is_required()
+        written = YAML(typ="safe").load(cell.strip("`"))
+        assert written == ("required" if required else "none" if plain[key] is None else plain[key]), key
 
 
 # ---- commands
