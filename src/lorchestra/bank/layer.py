@@ -153,7 +153,8 @@ class BankLayer:
         training = self.trainable is not None and self.trainable[0] in selection.members
         stack = self._stacked(selection.members)
         if stack is not None:
-            if training and selection.numbers is not None:
+            # With a member and without it (a preference's reference) the context is added, and rounded, in one way.
+            if selection.numbers is not None and not isinstance(module, nn.Embedding):
                 output = _updated(output, x, stack.A, stack.B, _spread(selection, stack.column, x))
             else:
                 z = _projected(module, x, stack.A)
