@@ -158,3 +158,19 @@ def test_numbers_and_tensors_as_coefficients_are_the_same(frozen):
         found.append((out.detach(), *torch.autograd.grad(out.square().sum(), (member.A[0], member.B[0]))))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_context_rounds_the_same_with_and_without_a_member_that_trains(dtype):
+    """Else the reference of a preference is not what its policy starts at, and the stage would be stopped."""
+    model = make_tiny_model(hidden_size=128).to(dtype)
+    bank = mounted(model, "a", "b")
+    factors = {path: (torch.zeros(layer.frozen["a"].shape[0], 2), torch.randn(2, layer.frozen["a"].shape[1]))
+               for path, layer in bank.layers().items()}  # fmt: skip
+    bank.mount_trainable("new", TrainableMember(factors, 1.0))
+    ids = torch.randint(4, 260, (4, 32), generator=torch.Generator().manual_seed(0))
+    with bank.using({"a": 0.7, "b": 0.4}):
+        without = logits(model, ids)
+    with bank.using({"a": 0.7, "b": 0.4, "new": 1.0}):
+        beside = logits(model, ids)
+    assert torch.equal(without, beside)

@@ -65,22 +65,6 @@ def test_preference_law_and_learning(tiny_model, tmp_path, loss, expected):
     assert [(p.name, p.coefficient) for p in result.adapter.lineage.context] == [("old", 0.5)]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_preference_law_in_half_precision_beside_a_context(tmp_path, dropout):
-    """The context rounds the same whether the member that trains is there (the policy) or not (the reference)."""
-    model = make_tiny_model().to(torch.bfloat16)
-    given = inputs(
-        objective=Objective(task="dpo"),
-        items=pairs(20),
-        validation=[],
-        lora=LoraSettings(rank=2, dropout=dropout),
-        context={name: (adapter_for(model, seed), ContextMember(weight=0.7)) for seed, name in enumerate("ab")},
-    )
-    result = run(model, tmp_path, given)
-    assert result.first_preference_loss == pytest.approx(math.log(2), rel=1e-5)
-    assert result.progress.history[-1]["loss"] < 0.6
-
-
 def test_preference_reference_that_is_not_this_models_is_refused(tiny_model, tmp_path):
     given = inputs(objective=Objective(task="dpo"), items=pairs(8), validation=[])
     with pytest.raises(KilledError):
