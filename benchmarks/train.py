@@ -21,6 +21,8 @@ only), lorchestra for each task, with a seed of its own, and the table has the m
   LoRA; for DPO 2 more a token and weight for the reference, once. No attention, no output embedding, no elementwise
   work. Divided by the FLOP/s of those very products, measured in the same round.
 - losses: by ``benchmarks/peers/scorer.py``, plain transformers and PEFT in float32, on the same items for all.
+- clock: ``wall``; or ``processor``, on a machine that has other work: the processor time of all threads, divided by
+  their number, while threads that wait for each other do not spin (``OMP_WAIT_POLICY=passive``, on all sides).
 - memory: the largest resident set of the training process, imports and the loading of the base included.
 """
 
@@ -57,6 +59,7 @@ def main() -> None:
     options.add_argument(
         "--short", action="store_true", help="tiny random base, three steps, one round; writes nothing"
     )
+    options.add_argument("--clock", choices=("wall", "processor"), default="wall", help="processor: on a busy machine")
     options.add_argument("--out", type=Path, default=RESULTS, help="where the figures go, as JSON")
     asked = options.parse_args()
     with tempfile.TemporaryDirectory() as work:
@@ -74,18 +77,21 @@ def measure(work: Path, asked: argparse.Namespace) -> dict[str, Any]:
     tasks = {name: Path(job) for name, job in jobs.items() if asked.task in (None, name)}
     found: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d %H:%M %Z"), "command": command(asked), "machine": machine(),
-        "threads": asked.threads, "rounds": 1 if asked.short else asked.rounds, "tasks": {},
+        "threads": asked.threads, "clock": asked.clock, "load": os.getloadavg()[1],
+        "rounds": 1 if asked.short else asked.rounds, "tasks": {},
     }  # fmt: skip
+    passive = asked.clock == "processor"
     for seed in range(found["rounds"]):
         for task, path in tasks.items():
             rows = found["tasks"].setdefault(task, {"bound": [], "sides": {}})
-            rows["bound"].append(run([sys.executable, PARTS, "bound", path, work], asked.threads)["result"])
+            rows["bound"].append(run([sys.executable, PARTS, "bound", path, work], asked.threads, passive)["result"])
             for side, program in programs(asked, seed).items():
                 out = work / f"{task}-{side}-{seed}"
-                done = run([*program, path, out, "--seed", seed], asked.threads)
+                done = run([*program, path, out, "--seed", seed], asked.threads, passive)
                 row = done["result"] | {"peak_mb": done["peak_mb"], "processor": done["processor"], "seed": seed}
                 rows["sides"].setdefault(side, []).append(row)
-                print(f"{task}, {side}, seed {seed}: {row['seconds']:.1f} s, {row['peak_mb']:.0f} MB", file=sys.stderr)
+                spent = f"{row['seconds']:.1f} s, {row['processor_seconds']:.1f} s of processors"
+                print(f"{task}, {side}, seed {seed}: {spent}, {row['peak_mb']:.0f} MB", file=sys.stderr)
     for task, path in tasks.items():
         rows = found["tasks"][task]
         rows |= counted(json.loads(path.read_text(encoding="utf-8")))
@@ -98,7 +104,7 @@ def measure(work: Path, asked: argparse.Namespace) -> dict[str, Any]:
         flat = [row for side in rows["sides"].values() for row in side]
         for row, score in zip(flat, scores, strict=True):
             row["scored"] = score
-        rows["summary"] = summary(rows)
+        rows["summary"] = summary(rows, asked.clock, asked.threads)
     if asked.peer_python is None:
         print("TRL is left out: --peer-python names no python that has it", file=sys.stderr)
     return found
@@ -118,15 +124,23 @@ def command(asked: argparse.Namespace) -> str:
     """What was called, without the places of this machine."""
     words = [f"--{key.replace('_', '-')} PYTHON" for key in ("peer_python", "swift_python") if getattr(asked, key)]
     words += [f"--task {asked.task}"] * bool(asked.task)
-    return " ".join(["python benchmarks/train.py", *words, f"--rounds {asked.rounds} --threads {asked.threads}"])
+    return " ".join(
+        [
+            "python benchmarks/train.py",
+            *words,
+            f"--rounds {asked.rounds} --threads {asked.threads} --clock {asked.clock}",
+        ]
+    )
 
 
-def run(command: Sequence[Any], threads: int) -> dict[str, Any]:
+def run(command: Sequence[Any], threads: int, passive: bool = False) -> dict[str, Any]:
     """One process: the JSON of its last line, its peak memory and its processor time.
 
     This process stays small, because a child's peak begins with what its parent held at the fork.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    if passive:
+        environment["OMP_WAIT_POLICY"] = "passive"
     words = [*map(str, command), "--threads", str(threads)]
     with tempfile.TemporaryFile("w+") as complaints:
         process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=complaints, text=True)
@@ -170,34 +184,41 @@ def epochs(rows: Mapping[str, Any]) -> float:
     return float(steps.pop() / -(-rows["items"] // rows["batch_size"]))
 
 
-def bound_tokens_per_second(task: str, tokens: int, times: float, bound: Mapping[str, Any]) -> float:
-    """As the module's docstring counts FLOP: ``tokens`` of the data, each seen ``times``, at the measured FLOP/s."""
+def seconds_of(row: Mapping[str, Any], clock: str, threads: int) -> float:
+    """What the clock says of a run."""
+    return float(row["seconds"] if clock == "wall" else row["processor_seconds"] / threads)
+
+
+def bound_tokens_per_second(task: str, tokens: int, times: float, bound: Mapping[str, Any], rate: float) -> float:
+    """As the module's docstring counts FLOP: ``tokens`` of the data, each seen ``times``, at ``rate`` FLOP/s."""
     flop = tokens * times * (4 * bound["parameters"] + 6 * bound["lora_parameters"])
     if task == "dpo":
         flop += tokens * 2 * bound["parameters"]
-    return float(tokens * times * bound["flop_per_second"] / flop)
+    return float(tokens * times * rate / flop)
 
 
-def summary(rows: Mapping[str, Any]) -> dict[str, Any]:
+def summary(rows: Mapping[str, Any], clock: str, threads: int) -> dict[str, Any]:
     """Medians over the rounds; ratios are taken within a round."""
     times = epochs(rows)
     seen = rows["tokens"] * times
-    bounds = [bound_tokens_per_second(rows["task"], rows["tokens"], times, bound) for bound in rows["bound"]]
+    rates = [bound["flop"] / seconds_of(bound, clock, threads) for bound in rows["bound"]]
+    bounds = [
+        bound_tokens_per_second(rows["task"], rows["tokens"], times, bound, rate)
+        for bound, rate in zip(rows["bound"], rates, strict=True)
+    ]
     out: dict[str, Any] = {
-        "bound": {
-            "tokens_per_second": statistics.median(bounds),
-            "gflop_per_second": statistics.median(bound["flop_per_second"] for bound in rows["bound"]) / 1e9,
-        }
+        "bound": {"tokens_per_second": statistics.median(bounds), "gflop_per_second": statistics.median(rates) / 1e9}
     }
-    theirs = {row["seed"]: row["seconds"] for row in rows["sides"].get("TRL", ())}
+    theirs = {row["seed"]: seconds_of(row, clock, threads) for row in rows["sides"].get("TRL", ())}
     for side, runs in rows["sides"].items():
-        speeds = [seen / row["seconds"] for row in runs]
+        seconds = [seconds_of(row, clock, threads) for row in runs]
+        speeds = [seen / spent for spent in seconds]
         out[side] = {
             "tokens_per_second": statistics.median(speeds),
             "of_the_bound": statistics.median(
                 speed / bounds[row["seed"]] for speed, row in zip(speeds, runs, strict=True)
             ),
-            "seconds": statistics.median(row["seconds"] for row in runs),
+            "seconds": statistics.median(seconds),
             "peak_mb": max(row["peak_mb"] for row in runs),
             "first_loss": [row["first_loss"] for row in runs],
         }
@@ -205,7 +226,9 @@ def summary(rows: Mapping[str, Any]) -> dict[str, Any]:
             losses = [row["scored"][part] for row in runs]
             out[side][part] = {"mean": statistics.fmean(losses), "spread": max(losses) - min(losses)}
         if theirs:
-            out[side]["times_trl"] = statistics.median(theirs[row["seed"]] / row["seconds"] for row in runs)
+            out[side]["times_trl"] = statistics.median(
+                theirs[row["seed"]] / spent for spent, row in zip(seconds, runs, strict=True)
+            )
     return out
 
 
@@ -253,6 +276,7 @@ def table(result: Mapping[str, Any]) -> str:
                 f"{' | '.join(losses)} | {row['peak_mb']:,.0f} MB | {row['seconds']:.1f} s |"
             )
     said = "one round" if result["rounds"] == 1 else f"medians of {result['rounds']} rounds, a seed each"
+    said += f"; {result['threads']} threads, {result['clock']} time"
     lines += ["", f"{said}; losses: mean over the seeds ± half their range"]
     return "\n".join(lines)
 

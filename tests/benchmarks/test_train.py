@@ -127,19 +127,21 @@ def test_the_bound_counts_the_products_that_a_trained_lora_needs(train):
     bound = {
         "parameters": sum(m * n for m, n in shapes),
         "lora_parameters": sum(rank * (m + n) for m, n in shapes),
-        "flop_per_second": 1e6,
     }
-    assert train.bound_tokens_per_second("sft", tokens, 1.0, bound) == pytest.approx(
+    assert train.bound_tokens_per_second("sft", tokens, 1.0, bound, 1e6) == pytest.approx(
         tokens * 1e6 / counter.get_total_flops()
     )
     # The reference: two more a token and weight, once, however many epochs there are.
     with_reference = counter.get_total_flops() * 3 + tokens * 2 * bound["parameters"]
-    assert train.bound_tokens_per_second("dpo", tokens, 3.0, bound) == pytest.approx(3 * tokens * 1e6 / with_reference)
+    assert train.bound_tokens_per_second("dpo", tokens, 3.0, bound, 1e6) == pytest.approx(
+        3 * tokens * 1e6 / with_reference
+    )
 
 
 def a_run(seconds, steps=2, loss=1.0, peak=100.0, seed=0):
     return {
-        "seconds": seconds, "steps": steps, "peak_mb": peak, "seed": seed, "first_loss": 0.7,
+        "seconds": seconds, "processor_seconds": 2 * seconds, "steps": steps, "peak_mb": peak, "seed": seed,
+        "first_loss": 0.7,
         "scored": {"train": loss, "validation": loss + 1},
     }  # fmt: skip
 
@@ -148,7 +150,9 @@ def rows_of(theirs, ours):
     return {
         "task": "sft", "items": 16, "batch_size": 8, "tokens": 1000, "supervised": 90,
         "lora": {"rank": 8, "scaling": "rslora"}, "train": {"learning_rate": 1e-3},
-        "bound": [{"parameters": 10, "lora_parameters": 0, "flop_per_second": 40 * 1000.0}] * len(ours),
+        "bound": [
+            {"parameters": 10, "lora_parameters": 0, "flop": 40 * 1000, "seconds": 1.0, "processor_seconds": 1.6}
+        ] * len(ours),
         "sides": {"TRL": theirs, "lorchestra": ours},
     }  # fmt: skip
 
@@ -157,7 +161,7 @@ def test_ratios_are_taken_within_a_round(train):
     """A machine that is twice as slow in one round is so for both sides."""
     rows = rows_of([a_run(10), a_run(20, seed=1)], [a_run(4, loss=1.0, peak=90), a_run(8, loss=1.5, seed=1)])
     rows["sides"]["ms-swift"] = [a_run(15, seed=1)]
-    found = train.summary(rows)
+    found = train.summary(rows, "wall", 2)
     assert found["bound"]["tokens_per_second"] == pytest.approx(1000)
     assert found["lorchestra"]["times_trl"] == pytest.approx(2.5)
     assert found["TRL"]["times_trl"] == 1
@@ -166,13 +170,16 @@ def test_ratios_are_taken_within_a_round(train):
     assert found["lorchestra"]["of_the_bound"] == pytest.approx((0.25 + 0.125) / 2)
     assert found["lorchestra"]["train"] == {"mean": 1.25, "spread": 0.5}
     assert found["lorchestra"]["peak_mb"] == 100
-    shown = train.table({"tasks": {"sft": rows | {"summary": found}}, "rounds": 2})
+    by_processor = train.summary(rows, "processor", 1)
+    assert by_processor["lorchestra"]["of_the_bound"] == pytest.approx(1.6 * (0.125 + 0.0625) / 2)
+    assert by_processor["lorchestra"]["times_trl"] == pytest.approx(2.5)
+    shown = train.table({"tasks": {"sft": rows | {"summary": found}}, "rounds": 2, "threads": 2, "clock": "wall"})
     assert "| sft | lorchestra | 188 | 2.50 | 0.19 | 1.2500 ± 0.2500 | 2.2500 ± 0.2500 | 100 MB | 6.0 s |" in shown
 
 
 def test_sides_that_made_different_numbers_of_steps_are_not_compared(train):
     with pytest.raises(SystemExit, match="different numbers of steps"):
-        train.summary(rows_of([a_run(10, steps=3)], [a_run(4)]))
+        train.summary(rows_of([a_run(10, steps=3)], [a_run(4)]), "wall", 2)
 
 
 def test_the_scorer_agrees_with_the_losses_that_are_trained(script, parts, tiny_model, answers, pairs):
