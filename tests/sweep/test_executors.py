@@ -45,6 +45,7 @@ def importable(monkeypatch):
     """Other processes import the workers of this module."""
     root = str(Path(__file__).parents[2])
     monkeypatch.setenv("PYTHONPATH", root)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.syspath_prepend(root)
 
 
@@ -102,6 +103,22 @@ def test_ray_that_is_not_there(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'lorchestra\[ray\]'"):
         check_executor("ray")
+
+
+def test_a_cluster_that_does_not_answer_is_one_clear_failure(monkeypatch):
+    import ray
+
+    def refuse(address, **options):
+        assert address == "192.0.2.1:1"
+        raise ConnectionError("Failed to connect to Ray cluster at 192.0.2.1:1")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:1")
+    with (
+        pytest.raises(LorchestraError, match=r"192\.0\.2\.1:1; look at RAY_ADDRESS"),
+        executor("ray", Doubles(), 2, SILENT),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,11 @@ def _cluster(make: Callable[[], Works[W, R]], jobs: int, reporter: Reporter) -> 
 
     started = not ray.is_initialized()
     if started:  # RAY_ADDRESS names a cluster; without it one is started here
-        ray.init(log_to_driver=False, include_dashboard=False)
+        try:
+            address = os.environ.get("RAY_ADDRESS") or "local"  # else Ray takes whichever was started here last
+            ray.init(address, log_to_driver=False, include_dashboard=False)
+        except ConnectionError as error:
+            raise LorchestraError(f"{error}; look at RAY_ADDRESS, and at what the cluster asks for (a token)") from None
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         cores = _share([int(node.get("CPU", 0)) for node in nodes], jobs)
