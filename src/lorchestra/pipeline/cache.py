@@ -81,7 +81,8 @@ def storage(where: Path) -> Iterator[None]:
         advice = (
             "Free some space and run again; finished steps are kept"
             if number in _FULL
-            else "Choose a directory that can be written (LORCHESTRA_HOME for the cache, --run-dir or --output_dir for the results)"
+            else "Choose a directory that can be written (LORCHESTRA_HOME for the cache, --run-dir or --output_dir for "
+            "the results)"
         )
         raise StorageError(f"{why}: {getattr(error, 'filename', None) or where}. {advice}") from error
 
@@ -313,7 +314,8 @@ def run_lock(directory: Path, wait: bool, waiting: Callable[[str], None]) -> Ite
             who = "another process"
         if not wait:
             raise UserError(
-                f"{directory} is in use by {who}; wait for it, or use --wait or another --run-dir (of a sweep, --output_dir)"
+                f"{directory} is in use by {who}; wait for it, or use --wait or another --run-dir (of a sweep, "
+                "--output_dir)"
             ) from None
         waiting(f"{directory} is in use by {who}; waiting for it to end")
         lock.acquire()
