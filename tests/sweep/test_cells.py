@@ -92,3 +92,9 @@ def test_conditions_are_what_losses_are_not_compared_across():
         "stages.t.lora.rank": 2, "data.noise": 0.2, "base": "b", "max_length": 64, "stages.s.data.0.limit": 9,
     }  # fmt: skip
     assert set(condition(settings)) == {"data.noise", "base", "max_length", "stages.s.data.0.limit"}
+
+
+def test_values_that_are_mappings_are_told_whole():
+    settings = {"lora.orthogonality": {"mode": "penalty", "weight": 0.1}, "stages.s.context": {}}
+    name = Cell(settings, 0).name
+    assert name == "orthogonality mode penalty, weight 0.1 · context none · seed 0"

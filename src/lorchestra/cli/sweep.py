@@ -106,6 +106,7 @@ def _show(result: SweepResult) -> None:
 
 def _cells(row: Row, axes: list[str], tested: bool) -> list[str]:
     from lorchestra.cli.progress import duration
+    from lorchestra.sweep.cells import worded
 
     settings: Mapping[str, Any] = row.settings
     runs = f"{row.done}/{row.runs}" + "".join(
@@ -114,7 +115,7 @@ def _cells(row: Row, axes: list[str], tested: bool) -> list[str]:
     spread = "–" if row.gradient_spread is None else f"± {row.gradient_spread:.0%}"
     test = ["–", ""] if row.test is None else [f"{row.test.estimate:.3f}", f"[{row.test.low:.3f}, {row.test.high:.3f}]"]
     return [
-        *(str(settings[axis]) for axis in axes),
+        *(worded(settings[axis]) for axis in axes),
         runs,
         _number(row.validation, ".4f"),
         "–" if row.validation_spread is None else f"± {row.validation_spread:.4f}",

@@ -83,7 +83,9 @@ def _named(settings: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A setting's value: ranks without thousands, learning rates short."""
+    """A setting's value: ranks without thousands, learning rates short; of a mapping all that is in it."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_shown(inner)}" for key, inner in value.items()) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

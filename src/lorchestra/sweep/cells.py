@@ -43,11 +43,15 @@ class Cell:
 
 
 def called(settings: Mapping[str, Any]) -> list[str]:
-    """``rank 8``, ``scaling rslora``, ``learning_rate 1e-05``."""
-    return [
-        f"{key.rpartition('.')[2]} {f'{value:g}' if isinstance(value, float) else shown(value).strip(chr(39))}"
-        for key, value in settings.items()
-    ]
+    """``rank 8``, ``scaling rslora``, ``learning_rate 1e-05``, ``context general 1``."""
+    return [f"{key.rpartition('.')[2]} {worded(value)}" for key, value in settings.items()]
+
+
+def worded(value: Any) -> str:
+    """A value in few words: of a mapping all of it, ``mode penalty, weight 0.1``; of an empty one ``none``."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {worded(inner)}" for key, inner in value.items()) or "none"
+    return f"{value:g}" if isinstance(value, float) else shown(value).strip("'")
 
 
 def grid(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
