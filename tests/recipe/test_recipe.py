@@ -143,7 +143,7 @@ def test_a_mistake_is_told_in_one_line(mistake, load, tmp_path):
 def test_every_mistake_is_told_at_once_up_to_eight(load, tmp_path):
     message = refusal(load, tmp_path, GOOD.replace("max_length: 96", "max_lenght: 96\ndtype: bf16"))
     assert message.splitlines() == [
-        "r.yaml:4: dtype: expected one of auto, float32, bfloat16, float16, got 'bf16'; did you mean 'bfloat16'?",
+        "r.yaml:4: dtype: expected one of auto, float32, bfloat16, float16, nf4, got 'bf16'; did you mean 'bfloat16'?",
         "r.yaml:3: max_lenght: unknown key 'max_lenght'; did you mean 'max_length'?",
     ]
     many = GOOD.replace("max_length: 96", "\n".join(f"key{i}: 1" for i in range(12)))
