@@ -81,7 +81,9 @@ def refused(table: Path) -> str:
 
 
 def steps(home: Path, kind: str) -> list[Path]:
-    return sorted(home.glob(f"steps/{kind}-*/done.json"))
+    """Markers of finished steps; one that was killed between its marker and its rename is not yet one."""
+    found = home.glob(f"steps/{kind}-*/done.json")
+    return sorted(marker for marker in found if marker.parent.suffix != ".work")
 
 
 def events(directory: Path) -> list[dict]:
