@@ -111,6 +111,17 @@ def test_an_adapter_without_effect_is_the_same(lorchestra, tiny_dir, make_adapte
     assert "0.000 [0.000, 0.000] the same" in told.out
 
 
+def test_examples_that_an_adapter_was_trained_on(lorchestra, tiny_dir, make_adapter, sft, tmp_path):
+    from lorchestra.data.load import DataSpec, load_examples
+
+    digest = load_examples(DataSpec(str(sft)), "sft", relative_to=tmp_path).digest
+    seen, unseen = make_adapter(tmp_path / "seen", 1, data={"sft": digest}), make_adapter(tmp_path / "unseen", 2)
+    told = lorchestra("eval", tiny_dir, "-a", f"{seen}", "-a", f"{unseen}", "--data", sft)
+    assert told.code == 0
+    assert "warning: seen was trained on examples of this very source" in told.err
+    assert "unseen was trained" not in told.err
+
+
 def test_limit_truncation_and_several_files(lorchestra, tiny_dir, sft, tmp_path):
     told = json.loads(lorchestra("eval", tiny_dir, "--data", sft, "--limit", 2, "--json").out)
     assert told["examples"] == 2

@@ -78,12 +78,18 @@ def evaluate(
         DataSpec(source, format=format, fields=fields_of(field), limit=limit, system=system)
         for source in listed([data])
     ]
-    kind, examples = _examples(specs, task, reporter)
+    kind, examples, sources = _examples(specs, task, reporter)
     mounted = open_model(base, members, device=device, dtype=dtype, reporter=reporter)
     domain = make_domain("data", kind, examples, Renderer(mounted.base.tokenizer, max_length))
     cut = sum(item.truncated > 0 for item in domain.items)
     if cut:
         reporter.say(f"warning: {cut} of {len(domain.items)} examples cut to --max_length {max_length}")
+    for name in mounted.weights:
+        if sources & set(mounted.bank.member(name).lineage.data.values()):
+            reporter.say(
+                f"warning: {name} was trained on examples of this very source; what it has seen looks better than new "
+                "questions will. Give held-out examples"
+            )
     sealed = _sealed(examples, data, mounted)
     mixture = " + ".join(f"{weight:g}·{name}" for name, weight in mounted.weights.items())
     scores = {}
@@ -113,8 +119,8 @@ def evaluate(
     _show(rows, changes, told)
 
 
-def _examples(specs: Sequence[Any], task: str, reporter: Reporter) -> tuple[Kind, list[Any]]:
-    """All sources' examples, and what they are scored as."""
+def _examples(specs: Sequence[Any], task: str, reporter: Reporter) -> tuple[Kind, list[Any], set[str]]:
+    """What all sources' examples are scored as, these, and the digests that a lineage has of the sources."""
     from lorchestra.data.load import load_examples
 
     with in_flags({}):
@@ -126,7 +132,8 @@ def _examples(specs: Sequence[Any], task: str, reporter: Reporter) -> tuple[Kind
     pairs = sum(example.rejected is not None for example in examples)
     if task == "auto" and 0 < pairs < len(examples):
         raise UserError("--data mixes preference pairs with other examples; evaluate them one at a time, or --task sft")
-    return ("dpo" if task == "dpo" or (task == "auto" and pairs) else "sft"), examples
+    kind: Kind = "dpo" if task == "dpo" or (task == "auto" and pairs) else "sft"
+    return kind, examples, {loaded.digest for loaded in found}
 
 
 def _sealed(examples: Sequence[Any], data: str, mounted: Mounted) -> dict[str, int] | None:
