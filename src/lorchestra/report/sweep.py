@@ -89,6 +89,11 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _short(count: Any) -> str:
+    """``4.88 M``, ``1,856``."""
+    return f"{number(count / 1e6, 3)} M" if finite(count) and count >= 1e6 else number(count)
+
+
 def _row(
     row: Mapping[str, Any], axes: Sequence[str], metric: str, span: tuple[float, float], base: float | None, taken: bool
 ) -> dict[str, Any]:
@@ -108,7 +113,7 @@ def _row(
         "gap": measure(row.get("gap"), "nll"),
         "onset": f"epoch {number(row['onset'], 2)}" if finite(row.get("onset")) else "",
         "rising": f"{row.get('rising')} of {row.get('done')}" if row.get("rising") else "",
-        "trainable": number(row.get("trainable")),
+        "trainable": _short(row.get("trainable")),
         "seconds": duration(row.get("seconds")) if row.get("done") else ABSENT,
     }
 
