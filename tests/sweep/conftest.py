@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lorchestra.sweep.outcome import HeldOut, Outcome
 from lorchestra.sweep.spec import SweepSpec
@@ -43,6 +44,15 @@ def write_colours(directory: Path, base: Path, n: int = 90) -> Path:
     path = directory / "recipe.yaml"
     path.write_text(RECIPE.format(base=base), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """``threads(n)``: torch's in this process, until the test ends. Sums of other threads have other last bits, so
+    what is compared bit for bit with another process needs as many as that one has."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

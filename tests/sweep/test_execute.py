@@ -87,7 +87,10 @@ def test_a_setting_keeps_a_value_although_others_are_better(make_spec, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("halving", [None, {"first": 0.4}])
-def test_a_sweep_that_is_killed_at_any_moment_comes_to_the_same(make_spec, recipe, tmp_path, monkeypatch, halving):
+def test_a_sweep_that_is_killed_at_any_moment_comes_to_the_same(
+    make_spec, recipe, tmp_path, monkeypatch, threads, halving
+):
+    threads(1)
     values = {"axes": {"lora.rank": [1, 2, 3]}, "tune": {"train.learning_rate": [1e-3, 1e-2]}, "halving": halving}
     monkeypatch.setenv("LORCHESTRA_HOME", str(tmp_path / "undisturbed"))
     spec = make_spec(seeds=2, **values)

@@ -77,7 +77,8 @@ def test_a_worker_that_dies_is_one_clear_failure(kind, word):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "jobs"), EVERYWHERE[1:])
-def test_cells_are_the_same_wherever_they_are_trained(make_spec, kind, jobs, tmp_path, monkeypatch):
+def test_cells_are_the_same_wherever_they_are_trained(make_spec, kind, jobs, tmp_path, monkeypatch, threads):
+    threads(max(1, (os.cpu_count() or 1) // jobs))  # what each worker gets
     spec = make_spec(axes={"lora.rank": [1, 2], "data.noise": [0, 0.3]})
     work = [Work(cell) for cell in cells(spec)]
     here = {piece.cell: Worker(spec).work(piece) for piece in work}
