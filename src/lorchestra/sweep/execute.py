@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -12,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lorchestra.base.home import write_whole
-from lorchestra.errors import Interrupted, RecipeError
+from lorchestra.errors import RecipeError
 from lorchestra.events import SILENT, Reporter
-from lorchestra.pipeline.cache import run_lock, storage, write_json
-from lorchestra.pipeline.cache import sweep as tidy
-from lorchestra.pipeline.journal import Journal
+from lorchestra.pipeline.cache import write_json
 from lorchestra.report.sweep import render_sweep
 from lorchestra.sweep.advice import Advice, advise
 from lorchestra.sweep.cells import (
@@ -33,6 +30,7 @@ from lorchestra.sweep.cells import (
 from lorchestra.sweep.executors import Executor, check_executor, executor
 from lorchestra.sweep.halving import halved
 from lorchestra.sweep.outcome import HeldOut, Outcome
+from lorchestra.sweep.place import held
 from lorchestra.sweep.spec import DATA_KEYS, SweepSpec
 from lorchestra.sweep.table import Row, grouped, row_of
 from lorchestra.sweep.worker import Work, Worker
@@ -109,16 +107,8 @@ def run_sweep(
     check_executor(kind)
     _check(spec)
     where = (directory or Path("sweeps") / spec.name).resolve()
-    with storage(where), run_lock(where, wait, reporter.say):
-        tidy(where)
-        with (
-            closing(Journal(reporter, where / "events.jsonl")) as journal,
-            closing(Journal(inside or reporter, where / "events.jsonl")) as quiet,
-        ):
-            try:
-                return _Sweep(spec, where, kind, jobs, journal, quiet).go()
-            except KeyboardInterrupt:
-                raise Interrupted("stopped; finished cells are kept, and the same command goes on from there") from None
+    with held(where, "cells", reporter, inside, wait) as (journal, quiet):
+        return _Sweep(spec, where, kind, jobs, journal, quiet).go()
 
 
 def _check(spec: SweepSpec) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,12 +12,10 @@ from typing import Any
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.base.home import write_whole
 from lorchestra.base.load import choose_device, choose_format
-from lorchestra.errors import Interrupted, counted
+from lorchestra.errors import counted
 from lorchestra.events import SILENT, Reporter
-from lorchestra.pipeline.cache import run_lock, storage, write_json
-from lorchestra.pipeline.cache import sweep as tidy
+from lorchestra.pipeline.cache import write_json
 from lorchestra.pipeline.delivering import place_with_lineage
-from lorchestra.pipeline.journal import Journal
 from lorchestra.recipe.sources import masking
 from lorchestra.recipe.unexpanded import Unexpanded, masked
 from lorchestra.report.departments import render_departments
@@ -26,6 +23,7 @@ from lorchestra.sweep.executors import check_executor, executor
 from lorchestra.sweep.matrix.outcome import Outcome, remarks
 from lorchestra.sweep.matrix.rows import Department, Matrix
 from lorchestra.sweep.matrix.worker import DepartmentWorker
+from lorchestra.sweep.place import held
 
 
 @dataclass(frozen=True)
@@ -112,19 +110,9 @@ def run_matrix(
     where = (directory or Path("runs") / recipe.name).resolve()
     texts = [text for _, text, _, _ in recipe.sources()]
     mask = masking([*texts, *(override for row in matrix.departments for override in row.overrides)])
-    with storage(where), run_lock(where, wait, reporter.say):
-        tidy(where)
-        with (
-            closing(Journal(reporter, where / "events.jsonl")) as journal,
-            closing(Journal(inside or reporter, where / "events.jsonl")) as quiet,
-        ):
-            try:
-                choose_format(choose_device(recipe.device), recipe.dtype)  # a mistake there is told before any fetch
-                return _Run(matrix, where, kind, jobs, Unexpanded(journal, mask), Unexpanded(quiet, mask)).go()
-            except KeyboardInterrupt:
-                raise Interrupted(
-                    "stopped; finished departments are kept, and the same command goes on from there"
-                ) from None
+    with held(where, "departments", reporter, inside, wait) as (journal, quiet):
+        choose_format(choose_device(recipe.device), recipe.dtype)  # a mistake there is told before any fetch
+        return _Run(matrix, where, kind, jobs, Unexpanded(journal, mask), Unexpanded(quiet, mask)).go()
 
 
 class _Run:
