@@ -147,6 +147,8 @@ def ours(job: Mapping[str, Any], out: Path, seed: int) -> dict[str, Any]:
     """Train a stage as ``lorchestra run`` does; seconds are those of ``train_stage`` from call to return."""
     from importlib.metadata import version
 
+    import accelerate  # noqa: F401  # train_stage would: imports are not what is timed, on no side
+
     from lorchestra.base.load import load_base
     from lorchestra.train.settings import LoraSettings, Objective, TrainSettings
     from lorchestra.train.stage import StageInputs, train_stage

@@ -29,11 +29,12 @@ def test_without_bitsandbytes_it_says_what_to_install(installed, tiny_dir):
         assert caught.value.exit_code == 2
 
 
-def test_a_run_says_so_before_it_fetches_anything(installed, tmp_path):
+def test_a_run_says_so_before_it_fetches_anything(installed, tmp_path, monkeypatch):
     from lorchestra.pipeline.execute import run
     from lorchestra.recipe.recipe import Recipe
 
     installed(False)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "d.jsonl").write_text("")
     recipe = Recipe.from_dict(
         {"name": "x", "base": "hf:no/such", "dtype": "nf4", "stages": [{"name": "s", "data": "d.jsonl"}]}, tmp_path

@@ -37,8 +37,10 @@ def masks(kind, b, L):
 @pytest.mark.parametrize("kind", ["causal", "one for all rows", "a row each", "added"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("cached", [1, 1 << 20])
-def test_values_and_gradients_against_float64(kind, dtype, tolerance, cached, monkeypatch):
+@pytest.mark.parametrize("kept", [0, 7])
+def test_values_and_gradients_against_float64(kind, dtype, tolerance, cached, kept, monkeypatch):
     monkeypatch.setattr(attention, "CACHED", cached)  # a row at a time, and all at once
+    monkeypatch.setattr(attention, "KEPT", kept)  # weights computed anew, and kept
     torch.manual_seed(0)
     b, h, g, L, d = 3, 2, 3, 7, 8
     q, k, v = (torch.randn(b, heads, L, d).to(dtype).requires_grad_() for heads in (h * g, h, h))
@@ -87,11 +89,18 @@ def test_a_model_computes_the_same(kind, tree):
     assert (ours - exact).norm() <= 2 * (before - exact).norm() + 1e-2 * exact.norm()
 
 
-@pytest.mark.parametrize(("dtype", "implementation"), [(torch.float32, "sdpa"), (torch.bfloat16, "eager")])
-def test_elsewhere_nothing_changes(dtype, implementation):
-    model = make_tiny_model(attn_implementation=implementation).to(dtype)
+def test_in_float32_it_is_sdpa_bit_for_bit():
+    model, batch = make_tiny_model(), pack([ITEM, ITEM], 0)
+    before = branch_logprobs(model, batch).sums
     with quick_attention(model):
-        assert implementations(model) == {implementation}
+        assert NAME in implementations(model)
+        assert torch.equal(branch_logprobs(model, batch).sums, before)
+
+
+def test_a_model_that_attends_otherwise_is_left_alone():
+    model = make_tiny_model(attn_implementation="eager").to(torch.bfloat16)
+    with quick_attention(model):
+        assert implementations(model) == {"eager"}
 
 
 def test_it_is_put_back_after_an_error():

@@ -125,10 +125,11 @@ class TestTables:
 class TestOpenKeys:
     def test_all_are_settled_where_nothing_is_set(self):
         lora, train, told = settled(recipe())
-        assert lora == LoraSettings(rank=4, alpha=DEFAULT.scale * 2, dropout=0.1)
+        assert lora == LoraSettings(dropout=0.1), "rank and α are the plain defaults"
         assert train == TrainSettings(epochs=4.0, learning_rate=5e-4, patience=3)
-        assert told.keys() == KEYS | {"folds"}
+        assert told.keys() == KEYS - {"lora.alpha"} | {"folds"}
         lora, train, told = settled(recipe(), MANY)
+        assert told.keys() == KEYS - {"train.patience"} | {"folds"}
         assert (lora.rank, lora.dropout, train.epochs, train.learning_rate) == (16, 0.0, 1.0, 2e-4)
         assert train.patience is None
         assert told["folds"] is None
@@ -170,20 +171,21 @@ class TestOpenKeys:
         for scaling in ("lora", "rslora", "constant"):
             for examples in (FEW, MANY):
                 lora, _, told = settled(recipe(lora={"scaling": scaling}), examples)
-                assert lora.rank != 8
+                assert lora.rank == (8 if examples is FEW else 16)
                 assert lora.scale == pytest.approx(LoraSettings(scaling=scaling).scale, rel=1e-15)
-                assert ("lora.alpha" in told) == (scaling != "constant"), "told where it changes"
+                changes = examples is MANY and scaling != "constant"
+                assert ("lora.alpha" in told) == changes, "told where it changes"
 
     def test_alpha_of_a_rank_that_is_set_stays(self):
         lora, _, told = settled(recipe(lora={"rank": 2}))
         assert (lora.rank, lora.alpha) == (2, 16.0)
         assert "lora.alpha" not in told
         lora, _, told = settled(recipe(lora={"alpha": 3.0}))
-        assert (lora.rank, lora.alpha) == (4, 3.0)
+        assert (lora.rank, lora.alpha) == (8, 3.0)
 
     def test_the_rate_heeds_the_scale_that_is_set(self):
         _, train, _ = settled(recipe(lora={"alpha": 64.0}))
-        assert train.learning_rate == suggest_learning_rate(60, "sft", 32.0).value < 5e-4
+        assert train.learning_rate == suggest_learning_rate(60, "sft", 64 / 8**0.5).value < 5e-4
 
     def test_without_validation_there_is_no_patience(self):
         _, train, told = settled(recipe(), StageExamples(60, 0, 8, 40.0))
@@ -257,8 +259,8 @@ def test_lines_are_one_a_suggestion_under_what_they_are():
     _, told = settle(recipe(), {"a": FEW})
     shown = lines(told)
     assert shown[0].startswith("not set, so settled from the examples")
-    assert [line.split()[1] for line in shown[1:7]] == [found.key for found in told["a"][:-1]]
-    assert shown[7:] == ["to judge stages with so many examples:", f"  a: {told['a'][-1].text}"]
+    assert [line.split()[1] for line in shown[1 : len(told["a"])]] == [found.key for found in told["a"][:-1]]
+    assert shown[len(told["a"]) :] == ["to judge stages with so many examples:", f"  a: {told['a'][-1].text}"]
     fixed, told = settle(recipe(lora={"rank": 8, "dropout": 0}, train={"epochs": 1, "learning_rate": 1e-4}), {"a": FEW})
     assert len(lines(told)) == 2, "nothing of what was set"
     assert lines({}) == []

@@ -73,6 +73,13 @@ def test_a_fixed_composition_goes_by_length(arguments):
     assert order == sorted(order)
 
 
+@pytest.mark.parametrize("count", [20, 65])
+def test_few_items_meet_other_company_every_epoch_too(count):
+    plan = BatchPlan(list(range(1, count + 1)), TrainSettings(batch_size=8, epochs=2), 0, fixed=False)
+    first, second = ({tuple(sorted(batch)) for step in epoch(plan, n) for batch in step} for n in (0, 1))
+    assert first != second
+
+
 def test_like_lengths_share_a_micro_batch():
     chance = random.Random(0)
     lengths = [chance.randint(10, 500) for _ in range(512)]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lorchestra.data.render import Rendered
 from lorchestra.errors import DataError
+from lorchestra.objective.flat import Flat
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Batch:
         item: ``[b]`` int64 the item each branch belongs to; the branches of an item are neighbours, in order.
         row_item: ``[s]`` int64 the item of each row, for coefficients per row.
         tokens: tokens that are not padding; what "tokens per second" counts.
+        flat: the same as one row, where that was asked for and is shorter.
     """
 
     input_ids: Tensor
@@ -43,6 +45,7 @@ class Batch:
     item: Tensor
     row_item: Tensor
     tokens: int
+    flat: Flat | None = None
 
     @property
     def supervised(self) -> int:
@@ -50,12 +53,21 @@ class Batch:
         return int(self.target.numel())
 
 
-def pack(items: Sequence[Rendered], pad_id: int, device: torch.device | str = "cpu", tree: bool = True) -> Batch:
+def pack(
+    items: Sequence[Rendered],
+    pad_id: int,
+    device: torch.device | str = "cpu",
+    tree: bool = True,
+    flat: bool = False,
+) -> Batch:
     """Lay out ``items`` for one forward pass.
 
     With ``tree`` an item is one row: its prompt once, then its branches side by side, each seeing the prompt and
     itself at the positions it would have alone. Without, every branch is a row of its own. An item with one
     branch is the same either way. A first token without anything before it cannot be predicted and is left out.
+
+    With ``flat`` the batch is laid out as one row too (:class:`Flat`), for a model of which :func:`flat_is_exact` and
+    coefficients that are the same for all rows.
 
     Raises:
         DataError: no items, or an item without branches.
@@ -90,6 +102,11 @@ def pack(items: Sequence[Rendered], pad_id: int, device: torch.device | str = "c
     if any(len(segments) > 2 for segments in rows):
         position_ids, mask = _tree(rows, lengths, width)
         position_ids, mask = position_ids.to(device), mask.to(device)
+    one_row = None
+    if flat:
+        shared = min(_shared([item.prompt for item in items]), width - 1)
+        if shared + sum(lengths) - shared * len(rows) < len(rows) * width:
+            one_row = Flat.of(input_ids.to(device), lengths, shared, position_ids, mask)
     columns = torch.tensor(supervised, dtype=torch.int64).reshape(-1, 4).to(device)
     return Batch(
         input_ids=input_ids.to(device),
@@ -102,7 +119,14 @@ def pack(items: Sequence[Rendered], pad_id: int, device: torch.device | str = "c
         item=torch.tensor(branch_item, dtype=torch.int64, device=device),
         row_item=torch.tensor(row_item, dtype=torch.int64, device=device),
         tokens=sum(lengths),
+        flat=one_row,
     )
+
+
+def _shared(prompts: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens all ``prompts`` begin with."""
+    first, last = min(prompts), max(prompts)
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
 def _tree(rows: list[list[tuple[tuple[int, ...], int]]], lengths: list[int], width: int) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from lorchestra.data.render import Branch, Rendered
 from lorchestra.errors import LorchestraError
+from lorchestra.objective.attention import NAME
 from lorchestra.objective.batch import Batch, pack
 
 CHUNK = 1 << 22  # float32 logits at a time: 16 MiB
@@ -46,9 +47,16 @@ def branch_logprobs(model: nn.Module, batch: Batch) -> BranchScores:
         batch: see :class:`Batch`.
     """
     kwargs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
-    if batch.mask is not None:
-        kwargs |= {"attention_mask": _additive(batch.mask, model), "position_ids": batch.position_ids}
-    with _gathered(model, batch):
+    row, column, flat = batch.row, batch.column, batch.flat
+    with ExitStack() as hooks:
+        if flat is not None:
+            kwargs |= {"input_ids": flat.input_ids, "position_ids": flat.position_ids}
+            kwargs |= {"attention_mask": _additive(flat.mask, model), "flat": flat}
+            row, column = torch.zeros_like(row), flat.place[row, column]
+            hooks.enter_context(_last_mlp_at(model, torch.unique(column)))
+        elif batch.mask is not None:
+            kwargs |= {"attention_mask": _additive(batch.mask, model), "position_ids": batch.position_ids}
+        hooks.enter_context(_gathered(model, row, column))
         logits = model(**kwargs).logits[0]
     logprobs = _logprobs(logits, batch.target)
     branches = batch.item.numel()
@@ -97,14 +105,14 @@ def _additive(mask: Tensor, model: nn.Module) -> Tensor:
 
 
 @contextmanager
-def _gathered(model: Any, batch: Batch) -> Iterator[None]:
-    """The output embedding sees ``[1, N, hidden]`` instead of ``[s, L, hidden]``."""
+def _gathered(model: Any, row: Tensor, column: Tensor) -> Iterator[None]:
+    """The output embedding sees ``[1, N, hidden]`` of ``[s, L, hidden]``."""
     head = model.get_output_embeddings()
     if head is None:
         raise LorchestraError(f"{type(model).__name__} has no output embedding; a causal language model was expected")
 
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][batch.row, batch.column][None], *args[1:])
+        return (args[0][row, column][None], *args[1:])
 
     handle = head.register_forward_pre_hook(gather)
     try:
@@ -113,7 +121,37 @@ def _gathered(model: Any, batch: Batch) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def _last_mlp_at(model: Any, read: Tensor) -> Iterator[None]:
+    """The last layer's MLP sees positions ``read`` ``[n]`` of the one row alone, and adds 0 for those no one reads.
+
+    Not where layers are computed anew in the backward pass: then the hooks are gone.
+    """
+    layers = getattr(model.get_decoder(), "layers", None)
+    last: Any = layers[-1] if layers else None
+    mlp = getattr(last, "mlp", None)
+    if mlp is None or (last.training and getattr(last, "gradient_checkpointing", False)):
+        yield
+        return
+    shape: list[torch.Size] = []
+
+    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        shape[:] = [args[0].shape]
+        return (args[0].index_select(1, read), *args[1:])
+
+    def scatter(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output.new_zeros(shape[0]).index_copy(1, read, output)
+
+    handles = [mlp.register_forward_pre_hook(gather), mlp.register_forward_hook(scatter)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 _exact: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_flat_exact: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def tree_is_exact(model: Any) -> bool:
@@ -125,18 +163,35 @@ def tree_is_exact(model: Any) -> bool:
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-        _exact[model] = kinds == {"full_attention"} and not sliding and _try_tree(model)
+        _exact[model] = kinds == {"full_attention"} and not sliding and _agree(model, {"tree": True}, {"tree": False})
     return _exact[model]
 
 
-def _try_tree(model: Any) -> bool:
+def flat_is_exact(model: Any) -> bool:
+    """Whether batches may be one row on ``model``, as it attends now (:func:`quick_attention`); tried once.
+
+    It is not on a model that does not hand on to its attention what it is given.
+    """
+    if model.config._attn_implementation != NAME or not tree_is_exact(model):
+        return False
+    if model not in _flat_exact:
+        try:
+            _flat_exact[model] = _agree(model, {"flat": True}, {"flat": False})
+        except Exception:  # a foreign model's forward pass, in a way that it was not written for
+            _flat_exact[model] = False
+    return _flat_exact[model]
+
+
+def _agree(model: Any, one: Mapping[str, bool], other: Mapping[str, bool]) -> bool:
+    """Whether two ways to :func:`pack` give the same log-probabilities."""
     device = next(model.parameters()).device
     ids = [5 + (7 * i) % 11 for i in range(24)]
     supervised = (True,) * 4
-    item = Rendered(tuple(ids[:8]), (Branch(tuple(ids[8:12]), supervised), Branch(tuple(ids[12:16]), supervised)), 0)
-    other = Rendered(tuple(ids[16:20]), (Branch(tuple(ids[20:24]), supervised), Branch(tuple(ids[:4]), supervised)), 0)
+    items = [
+        Rendered(tuple(ids[:8]), (Branch(tuple(ids[8:12]), supervised), Branch(tuple(ids[12:16]), supervised)), 0),
+        Rendered(tuple(ids[:3]), (Branch(tuple(ids[20:24]), supervised), Branch(tuple(ids[:4]), supervised)), 0),
+    ]
     with torch.no_grad():
-        shared = branch_logprobs(model, pack([item, other], 0, device, tree=True)).sums
-        alone = branch_logprobs(model, pack([item, other], 0, device, tree=False)).sums
+        a, b = (branch_logprobs(model, pack(items, 0, device, **how)).sums for how in (one, other))
     tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.05
-    return bool(torch.allclose(shared, alone, rtol=tolerance, atol=tolerance))
+    return bool(torch.allclose(a, b, rtol=tolerance, atol=tolerance))

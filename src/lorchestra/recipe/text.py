@@ -41,8 +41,12 @@ class Document:
     places: dict[Location, str]
 
     @classmethod
-    def read(cls, path: Path) -> Document:
+    def read(cls, path: Path, holds: str = "a recipe is a mapping (name:, base:, stages:)") -> Document:
         """Parse a YAML file.
+
+        Args:
+            path: of the file.
+            holds: what should be in it, for the message where it is something else.
 
         Raises:
             RecipeError: it cannot be read, is not YAML, has a key twice, or is no mapping.
@@ -77,7 +81,7 @@ class Document:
             raise RecipeError(f"{path} is data, not a recipe; `lorchestra init --data {path}` writes a recipe for it")
         if not isinstance(tree, dict):
             what = "empty" if tree is None else "a list" if isinstance(tree, list) else f"the text {shown(tree)}"
-            raise RecipeError(f"{path}: a recipe is a mapping (name:, base:, stages:); this is {what}")
+            raise RecipeError(f"{path}: {holds}; this is {what}")
         places: dict[Location, str] = {}
         return cls(str(path), text, _plain_values(tree, (), str(path), places), places)
 
@@ -97,12 +101,13 @@ class Document:
         if not sign or not all(parts):
             raise RecipeError(f"--set {override}: write key.path=value, for example --set stages.0.epochs=1")
         value = _value(text, override)
+        place = f"--set {dotted}=…" if "://" in text else f"--set {override}"  # a URL may hold a password
         here: Any = self.values
         path: Location = ()
         for part in parts[:-1]:
             here, step = _step(here, part, override, path)
             path = (*path, step)
-            self.places.setdefault(path, f"--set {override}")
+            self.places.setdefault(path, place)
         last: str | int = parts[-1]
         if isinstance(here, list):
             last = _index(here, parts[-1], override)
@@ -111,7 +116,7 @@ class Document:
         here[last] = value
         path = (*path, last)
         self.forget(path)
-        self.places[path] = f"--set {override}"
+        self.places[path] = place
         return path
 
     def forget(self, path: Location) -> None:

@@ -20,8 +20,9 @@ R = TypeVar("R")
 
 
 def mask_of(recipe: Recipe) -> Callable[[str], str]:
-    """:func:`masking` for all sources of a recipe."""
-    return masking(text for _, text, _, _ in recipe.sources())
+    """:func:`masking` for all sources of a recipe, and for the registry that it publishes to."""
+    publish = recipe.deliver.publish
+    return masking([*(text for _, text, _, _ in recipe.sources()), *([publish.registry] if publish else [])])
 
 
 def masked(mask: Callable[[str], str], value: Any) -> Any:

@@ -16,7 +16,7 @@ from lorchestra.data.render import Rendered
 from lorchestra.errors import TrainingError
 from lorchestra.events import Reporter
 from lorchestra.objective.batch import Batch, batches, length, pack
-from lorchestra.objective.logprobs import branch_logprobs, tree_is_exact
+from lorchestra.objective.logprobs import branch_logprobs, flat_is_exact, tree_is_exact
 from lorchestra.objective.losses import preference_at_zero, preference_terms, sft_loss
 from lorchestra.train.settings import Objective
 
@@ -26,20 +26,21 @@ VALIDATION_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Layout:
-    """How items become batches on this model: device, padding, and whether branches share their prompt."""
+    """How items become batches on this model: device, padding, shared prompts of branches, one row instead of many."""
 
     device: torch.device
     pad_id: int
     tree: bool
+    flat: bool
 
     @classmethod
     def of(cls, model: nn.Module, pad_id: int) -> Layout:
         """The layout that is exact on ``model``."""
-        return cls(next(model.parameters()).device, pad_id, tree_is_exact(model))
+        return cls(next(model.parameters()).device, pad_id, tree_is_exact(model), flat_is_exact(model))
 
     def pack(self, items: Sequence[Rendered]) -> Batch:
         """One batch of ``items``, in order."""
-        return pack(items, self.pad_id, self.device, self.tree)
+        return pack(items, self.pad_id, self.device, self.tree, self.flat)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,13 @@ from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.digest import adapter_digest, tensor_bytes
 from lorchestra.adapter.lineage import BaseId, Lineage, Parent
 from lorchestra.bank import Bank
+from lorchestra.base.allocator import freed_memory_kept
 from lorchestra.base.nf4 import scales
 from lorchestra.data.render import Rendered
 from lorchestra.errors import DivergedError, TrainingError, UserError
 from lorchestra.events import SILENT, Reporter
 from lorchestra.objective.attention import quick_attention
+from lorchestra.objective.norm import quick_norms
 from lorchestra.train.checkpoint import Progress
 from lorchestra.train.context import final_weights, first_weights
 from lorchestra.train.loop import Loop, refuse_absent_trackers
@@ -116,7 +118,7 @@ def train_stage(
     before = frozen_digest(model, reporter, "hash the frozen base")
     bank = Bank(model, base)
     schedules = {name: member for name, (_, member) in inputs.context.items()}
-    with quick_attention(model), _unmounted(bank):
+    with freed_memory_kept(), quick_attention(model), quick_norms(model), _unmounted(bank):
         layout = Layout.of(model, pad_id)
         for name, (adapter, _) in inputs.context.items():
             bank.load(name, adapter)
