@@ -1,7 +1,7 @@
 """Check everything: style, types, import directions, tests. ``python scripts/check.py [quick]``.
 
-``quick`` leaves out the tests marked ``slow`` and ``real``; those marked ``gpu`` are for ``pytest -m gpu``. Stops at
-the first check that fails.
+``quick`` leaves out the tests marked ``slow`` and ``real``; those marked ``gpu`` are for ``pytest -m gpu``, those
+marked ``vllm`` for ``scripts/vllm_tests.py``. Stops at the first check that fails.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def main() -> int:
     if sys.argv[1:] and not quick:
         print(__doc__)
         return 2
-    tests = [sys.executable, "-m", "pytest", "-m", "not slow and not real and not gpu" if quick else "not gpu"]
+    elsewhere = "not gpu and not vllm"
+    tests = [sys.executable, "-m", "pytest", "-m", f"{elsewhere} and not slow and not real" if quick else elsewhere]
     checks = {
         "ruff": [str(BIN / "ruff"), "check", "."],
         "format": [str(BIN / "ruff"), "format", "--check", "."],

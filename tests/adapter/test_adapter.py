@@ -73,6 +73,11 @@ class TestBadInput:
         with pytest.raises(AdapterError, match="at least one module"):
             Adapter({})
 
+    def test_numbers_too_large_to_be_summed_are_finite_all_the_same(self):
+        huge = torch.full((4, 2), 3e38)
+        assert torch.isinf(huge.sum())
+        assert torch.equal(Adapter({"q": LowRank(huge, huge.T)}).modules["q"].B, huge)
+
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize("factor", ["B", "A"])
     def test_not_finite(self, bad, factor):

@@ -119,6 +119,60 @@ def test_a_killed_process_leaves_nothing_under_the_name(tmp_path):
     assert (tmp_path / "out" / "a").read_text() == "2"
 
 
+class TestKept:
+    """A sibling that is kept for the next try is known for what it is, whenever its maker was killed."""
+
+    KILLED = """
+import os, sys
+from pathlib import Path
+from lorchestra.adapter.directory import discard, whole_directory
+
+target, last = Path(sys.argv[1]), int(sys.argv[2])
+seen = 0
+
+def struck(event, arguments):
+    global seen
+    if event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "open") and str(target.parent) in str(arguments[0]):
+        seen += 1
+        if seen == last:
+            os._exit(9)
+
+sys.addaudithook(struck)
+with whole_directory(target, "it", keeps="notes.json") as partial:
+    (partial / "notes.new").write_text("{}")
+    os.replace(partial / "notes.new", partial / "notes.json")
+    (partial / "part").mkdir(exist_ok=True)
+    (partial / "part" / "a").write_text("new")
+    if sys.argv[3] == "discards":
+        discard(partial, "notes.json")
+        sys.exit("nothing worth keeping")
+"""
+
+    @pytest.mark.parametrize("how", ["finishes", "discards"])
+    def test_a_kill_before_any_change_of_the_file_system(self, tmp_path, how):
+        for last in range(1, 60):
+            target = tmp_path / str(last) / "out"
+            target.parent.mkdir()
+            command = [sys.executable, "-c", self.KILLED, str(target), str(last), how]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if not target.exists():
+                with whole_directory(target, "it", keeps="notes.json") as partial:
+                    (partial / "notes.new").write_text("{}")
+                    os.replace(partial / "notes.new", partial / "notes.json")
+                    (partial / "part").mkdir(exist_ok=True)
+                    (partial / "part" / "a").write_text("new")
+            else:
+                with pytest.raises(StorageError, match="not empty"), whole_directory(target, "it", keeps="notes.json"):
+                    pass
+            assert (target / "part" / "a").read_text() == "new"
+            assert [path.name for path in target.rglob("*")] == ["part", "a"]
+            assert list(target.parent.iterdir()) == [target]
+            if done.returncode != 9:
+                assert last > 8
+                return
+        raise AssertionError("it was killed every time")
+
+
 class TestRefusals:
     def test_a_file_is_there(self, tmp_path):
         (tmp_path / "out").write_text("mine")

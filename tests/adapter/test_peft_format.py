@@ -336,6 +336,21 @@ class TestDamage:
         with pytest.raises(AdapterError, match=r"changed or damaged; fetch it again, or delete lorchestra\.json"):
             Adapter.load(tmp_path / "a")
 
+    def test_numbers_of_an_unknown_kind(self, tmp_path):
+        simple().save(tmp_path / "a")
+        weights = tmp_path / "a" / WEIGHTS
+        good = weights.read_bytes()
+        end = 8 + int.from_bytes(good[:8], "little")
+        for kind, bits in (("F8_E8M0", 8), ("F4", 4)):
+            fields = json.loads(good[8:end])
+            first = next(name for name in fields if name != "__metadata__")
+            begin, stop = fields[first]["data_offsets"]
+            fields[first] |= {"dtype": kind, "shape": [(stop - begin) * 8 // bits]}
+            text = json.dumps(fields).encode()
+            weights.write_bytes(len(text).to_bytes(8, "little") + text + good[end:])
+            with pytest.raises(AdapterError, match=f"numbers of a kind '{kind}'"):
+                Adapter.load(tmp_path / "a")
+
     def test_truncated_at_any_length(self, tmp_path):
         simple().save(tmp_path / "a")
         weights = tmp_path / "a" / WEIGHTS

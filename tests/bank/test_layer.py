@@ -134,7 +134,7 @@ def test_an_update_against_float64(dtype, tolerance, scale):
     gradient = torch.randn(2, 3, 5, dtype=dtype)
     ours = [t.clone().requires_grad_() for t in (y, x, A, B)]
     exact = [t.double().requires_grad_() for t in (y, x, A, B)]
-    found = _updated(*ours, scale)
+    found = _updated(None, *ours, scale)
     expected = exact[0] + scale * exact[1] @ exact[2].T @ exact[3].T
     found.backward(gradient)
     expected.backward(gradient.double())
@@ -142,6 +142,28 @@ def test_an_update_against_float64(dtype, tolerance, scale):
     assert [one.grad.dtype for one in ours] == [dtype, dtype, factors, factors]
     for one, other in pairs:
         assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("reached", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_a_module_and_its_update_against_float64(dtype, tolerance, bias, reached, frozen):
+    """x Wᵀ + b + (c · x Aᵀ) Bᵀ with the gradients of x (if it has one), A and B; W has one unless it is frozen."""
+    torch.manual_seed(0)
+    module = torch.nn.Linear(4, 5, bias=bias).to(dtype).requires_grad_(not frozen)
+    x = torch.randn(2, 3, 4, dtype=dtype).requires_grad_(reached)
+    A, B = torch.randn(2, 4).requires_grad_(), torch.randn(5, 2).requires_grad_()
+    gradient = torch.randn(2, 3, 5, dtype=dtype)
+    inputs = [t for t in (x, A, B, module.weight) if t.requires_grad]
+    found = _updated(module, module(x), x, A, B, 2.5)
+    result = (found, *torch.autograd.grad(found, inputs, gradient))
+    b = module.bias.double() if bias else 0.0
+    expected = x.double() @ module.weight.double().T + b + 2.5 * x.double() @ A.double().T @ B.double().T
+    exact = (expected, *torch.autograd.grad(expected, inputs, gradient.double()))
+    for one, other, like in zip(result, exact, [found, *inputs], strict=True):
+        assert one.dtype == like.dtype
+        assert (one.double() - other.double()).norm() <= tolerance * other.double().norm()
 
 
 @pytest.mark.parametrize("frozen", [(), ("a",), ("a", "b")])

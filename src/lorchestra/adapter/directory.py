@@ -36,7 +36,8 @@ def whole_directory(
         replaces: a directory that holds a file of this name is an earlier one of the same kind and is replaced;
             entries of it that the new one does not have are kept. Any other directory must be empty.
         keeps: a file of this name makes the sibling worth keeping after an error, for the next try, which is then
-            given it as it was left (one process at a time: the caller's care).
+            given it as it was left (one process at a time: the caller's care). It goes last, when everything stands
+            under the final name: whenever the process is killed, the next one knows the sibling for what it is.
         synced: flush it to the disk before it gets its name.
 
     Raises:
@@ -50,6 +51,8 @@ def whole_directory(
             f"cannot write {what} to {target}: {partial} is in the way and was not left by an earlier try; move it"
         )
     try:
+        if keeps and target.is_dir():  # killed when all but this was done
+            (target / keeps).unlink(missing_ok=True)
         if target.exists() and not target.is_dir():
             raise StorageError(f"cannot write {what} to {target}: a file is there; choose another name")
         if target.is_dir() and any(target.iterdir()) and not (replaces and (target / replaces).is_file()):
@@ -59,6 +62,8 @@ def whole_directory(
         for path in (*partial.rglob("*"), partial) if synced else ():
             _sync(path)
         _swap(partial, target)
+        if keeps:
+            (target / keeps).unlink(missing_ok=True)
     except OSError as error:
         why = _WHY.get(error.errno or 0) or f"{error.strerror or error} ({error.filename or target})"
         raise StorageError(f"cannot write {what} to {target}: {why}") from error
@@ -67,9 +72,20 @@ def whole_directory(
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def discard(partial: Path, keeps: str) -> None:
+    """Remove what is worth nothing; ``keeps`` last, so that half of it is still known for what it is."""
+    for entry in partial.iterdir() if partial.is_dir() else ():
+        if entry.name != keeps:
+            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+    (partial / keeps).unlink(missing_ok=True)
+
+
 def _free(partial: Path, keeps: str) -> bool:
-    """Not there, empty, or what an earlier try left."""
-    return not partial.exists() or (partial.is_dir() and ((partial / keeps).is_file() or not any(partial.iterdir())))
+    """Not there, empty but for the beginning of a ``keeps``, or what an earlier try left."""
+    if not partial.is_dir():
+        return not partial.exists()
+    begun = {Path(keeps).with_suffix(".new").name}
+    return (partial / keeps).is_file() or {entry.name for entry in partial.iterdir()} <= begun
 
 
 def _swap(partial: Path, target: Path) -> None:

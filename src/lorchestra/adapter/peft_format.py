@@ -48,7 +48,7 @@ def read_peft(directory: Path) -> Adapter:
     factors, embeddings = _factors(directory)
     scales = module_scales(config, _ranks(factors))
     base, lineage, transposed, digest = _sidecar(directory, config, factors)
-    scaled = {path: LowRank(f.B * scales[path], f.A) for path, f in factors.items()}
+    scaled = {path: f if scales[path] == 1.0 else f * scales[path] for path, f in factors.items()}
     try:
         adapter = Adapter(scaled, base, lineage, transposed, embeddings)
     except AdapterError as error:
@@ -200,7 +200,7 @@ def _factors(directory: Path) -> tuple[dict[str, LowRank], frozenset[str]]:
 
 def _tensors(directory: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     path = directory / WEIGHTS
     if not path.is_file():
@@ -208,7 +208,10 @@ def _tensors(directory: Path) -> dict[str, torch.Tensor]:
         hint = pickled if (directory / "adapter_model.bin").exists() else ""
         raise AdapterError(f"{directory} has no {WEIGHTS}{hint}")
     try:
-        tensors: dict[str, torch.Tensor] = load_file(path)
+        # Read, not mapped: whoever writes into the file later does not change what was checked.
+        tensors: dict[str, torch.Tensor] = load(path.read_bytes())
+    except KeyError as error:
+        raise AdapterError(f"{path} holds numbers of a kind {error} that cannot be read: {MERGE_FIRST}") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{path} is damaged or not a safetensors file: {error}") from error
     return tensors

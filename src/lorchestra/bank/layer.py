@@ -93,6 +93,35 @@ class _Update(torch.autograd.Function):
         return dy, dx, dA, dB, None
 
 
+class _Adapted(torch.autograd.Function):
+    """x Wᵀ + (c · x Aᵀ) Bᵀ, given y = x Wᵀ, which it writes into; W ``[m, n]`` is frozen.
+
+    As :class:`_Update` and the module itself in one: neither the sum nor the gradient of x is written twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, W: Tensor, A: Tensor, B: Tensor, c: float | Tensor) -> Tensor:
+        ctx.dtypes, ctx.shape, ctx.c = (A.dtype, B.dtype), x.shape, c
+        x, A, B = x.reshape(-1, x.shape[-1]), A.to(x.dtype), B.to(x.dtype)
+        z = (x @ A.T).mul_(c)
+        ctx.save_for_backward(x, W, A, B, z)
+        ctx.mark_dirty(y)
+        y.view(-1, y.shape[-1]).addmm_(z, B.T)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, A, B, z = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        dz = (rows @ B).mul_(ctx.c)
+        _, want_x, _, want_A, want_B, _ = ctx.needs_input_grad
+        dx = (rows @ W).addmm_(dz, A).view(ctx.shape) if want_x else None
+        dA = (dz.T @ x).to(ctx.dtypes[0]) if want_A else None
+        dB = (z.T @ rows).T.to(ctx.dtypes[1]) if want_B else None
+        return None, dx, None, dA, dB, None
+
+
 @dataclass(frozen=True, eq=False)
 class _Stack:
     """The frozen members of a selection at one module: ``A [R, n]``, ``B [m, R]``, ``column [R]`` (→ coefficient)."""
@@ -155,7 +184,7 @@ class BankLayer:
         if stack is not None:
             # With a member and without it (a preference's reference) the context is added, and rounded, in one way.
             if selection.numbers is not None and not isinstance(module, nn.Embedding):
-                output = _updated(output, x, stack.A, stack.B, _spread(selection, stack.column, x))
+                output = _updated(module, output, x, stack.A, stack.B, _spread(selection, stack.column, x))
             else:
                 z = _projected(module, x, stack.A)
                 output = output + linear(z * _spread(selection, stack.column, z), stack.B)
@@ -165,7 +194,9 @@ class BankLayer:
             A, B = member.A[index], member.B[index]
             seen = dropout(x, member.dropout, training=member.training) if member.dropout else x
             if selection.numbers is not None:
-                output = _updated(output, seen, A, B, selection.numbers[k] * member.scale)
+                first = stack is None and seen is x
+                c = selection.numbers[k] * member.scale
+                output = _updated(module if first else None, output, seen, A, B, c)
             else:
                 column = torch.tensor([k], device=x.device)
                 z = linear(seen, A.to(x.dtype)) * (_spread(selection, column, x) * member.scale)
@@ -214,10 +245,18 @@ class BankLayer:
         )
 
 
-def _updated(y: Tensor, x: Tensor, A: Tensor, B: Tensor, c: float | Tensor) -> Tensor:
-    """y + (c · x Aᵀ) Bᵀ; see :class:`_Update`."""
-    out: Tensor = _Update.apply(y, x, A, B, c)  # type: ignore[no-untyped-call]
+def _updated(module: nn.Module | None, y: Tensor, x: Tensor, A: Tensor, B: Tensor, c: float | Tensor) -> Tensor:
+    """y + (c · x Aᵀ) Bᵀ; ``module`` is the one that made y of x, if nothing was added since."""
+    out: Tensor
+    if torch.is_grad_enabled() and type(module) is nn.Linear and _frozen(module) and y.dtype == module.weight.dtype:
+        out = _Adapted.apply(y.detach(), x, module.weight, A, B, c)  # type: ignore[no-untyped-call]
+    else:
+        out = _Update.apply(y, x, A, B, c)  # type: ignore[no-untyped-call]
     return out
+
+
+def _frozen(module: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _projected(module: nn.Module, x: Tensor, A: Tensor) -> Tensor:

@@ -78,10 +78,6 @@ class Journal:
         partial.write_text(json.dumps({"schema": SCHEMA, "task": self.task, "files": files}), encoding="utf-8")
         os.replace(partial, self._path)
 
-    def close(self) -> None:
-        """Everything is written: the journal goes."""
-        self._path.unlink(missing_ok=True)
-
 
 def file_digest(path: Path) -> str:
     """``xxh3-128:…`` of a file's bytes."""

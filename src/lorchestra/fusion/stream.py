@@ -22,7 +22,7 @@ from typing import Any
 
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.belonging import check_base
-from lorchestra.adapter.directory import whole_directory
+from lorchestra.adapter.directory import discard, whole_directory
 from lorchestra.adapter.lineage import BaseId
 from lorchestra.base.fingerprint import fingerprint
 from lorchestra.base.home import home
@@ -152,9 +152,8 @@ def merge(
         try:
             check(partial, report)
         except LorchestraError:
-            journal.close()
+            discard(partial, NAME)
             raise
-        journal.close()
     return replace(report, seconds=time.perf_counter() - started)
 
 
@@ -165,7 +164,7 @@ def _kept_if_worth_it(journal: Journal, files: int, partial: Path) -> Iterator[N
         yield
     except BaseException as error:
         if not journal.done:
-            journal.close()
+            discard(partial, NAME)
         elif isinstance(error, KeyboardInterrupt):
             raise Interrupted(
                 f"stopped; {len(journal.done)} of {files} files are kept in {partial}: the same command goes on there"

@@ -1,0 +1,169 @@
+// y[p] += (x[p] A) B for every row, each with factors of its own, read once from where they lie.
+//
+// Rows of a store lie `pitch` elements apart. A is [n, width], width = modules * rank; module i has B [rank, m[i]] and
+// adds to y[i]. Sums are float32, whatever the factors are.
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float wide(float value) { return value; }
+
+inline float wide(bf16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+inline void narrow(float value, float* out) { *out = value; }
+
+// Round to nearest, ties to even; NaN stays NaN.
+inline void narrow(float value, bf16* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+// Lanes that are computed at once; compilers split them where the processor has fewer.
+typedef float floats8 __attribute__((vector_size(32)));
+typedef uint32_t words8 __attribute__((vector_size(32)));
+typedef uint16_t halves8 __attribute__((vector_size(16)));
+typedef float floats16 __attribute__((vector_size(64)));
+typedef uint32_t words16 __attribute__((vector_size(64)));
+typedef uint16_t halves16 __attribute__((vector_size(32)));
+
+template <class Floats>
+inline void load(const float* from, Floats* out) {
+  std::memcpy(out, from, sizeof *out);
+}
+
+inline void load(const bf16* from, floats8* out) {
+  halves8 in;
+  std::memcpy(&in, from, sizeof in);
+  const words8 bits = __builtin_convertvector(in, words8) << 16;
+  std::memcpy(out, &bits, sizeof *out);
+}
+
+inline void load(const bf16* from, floats16* out) {
+  halves16 in;
+  std::memcpy(&in, from, sizeof in);
+  const words16 bits = __builtin_convertvector(in, words16) << 16;
+  std::memcpy(out, &bits, sizeof *out);
+}
+
+inline void store(floats16 value, float* out) { std::memcpy(out, &value, sizeof value); }
+
+inline void store(floats16 value, bf16* out) {
+  words16 bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const words16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const words16 kept = (bits & 0x7fffffffu) > 0x7f800000u ? words16{} + 0x7fc0u : rounded;
+  const halves16 narrowed = __builtin_convertvector(kept, halves16);
+  std::memcpy(out, &narrowed, sizeof narrowed);
+}
+
+// z = x A, where A has 8 V columns; two sums take turns, so that none waits for the one before.
+template <int V, class F, class X>
+inline void project(const X* x, const F* A, int64_t n, float* z) {
+  floats8 even[V] = {}, odd[V] = {}, first, second;
+  int64_t k = 0;
+  for (; k + 1 < n; k += 2) {
+    const float one = wide(x[k]), two = wide(x[k + 1]);
+    const F* at = A + k * 8 * V;
+    for (int i = 0; i < V; ++i) {
+      load(at + 8 * i, &first);
+      load(at + 8 * (V + i), &second);
+      even[i] += first * one;
+      odd[i] += second * two;
+    }
+  }
+  if (k < n)
+    for (int i = 0; i < V; ++i) {
+      load(A + 8 * (k * V + i), &first);
+      even[i] += first * wide(x[k]);
+    }
+  for (int i = 0; i < V; ++i) even[i] += odd[i];
+  std::memcpy(z, even, sizeof even);
+}
+
+template <class F, class X>
+inline void project(const X* x, const F* A, int64_t n, int64_t width, float* z) {
+  for (int64_t j = 0; j < width; ++j) z[j] = 0.0f;
+  for (int64_t k = 0; k < n; ++k)
+    for (int64_t j = 0; j < width; ++j) z[j] += wide(x[k]) * wide(A[k * width + j]);
+}
+
+// y += z B
+template <class F, class X>
+inline void expand(const float* z, const F* B, int64_t rank, int64_t m, X* y) {
+  int64_t from = 0;
+  for (; from + 64 <= m; from += 64) {
+    floats16 sum[4] = {}, part;
+    for (int64_t r = 0; r < rank; ++r)
+      for (int i = 0; i < 4; ++i) {
+        load(B + r * m + from + 16 * i, &part);
+        sum[i] += part * z[r];
+      }
+    for (int i = 0; i < 4; ++i) {
+      load(y + from + 16 * i, &part);
+      store(part + sum[i], y + from + 16 * i);
+    }
+  }
+  for (; from < m; ++from) {
+    float sum = 0.0f;
+    for (int64_t r = 0; r < rank; ++r) sum += z[r] * wide(B[r * m + from]);
+    narrow(wide(y[from]) + sum, &y[from]);
+  }
+}
+
+template <class F, class X>
+void add(const F* flat, int64_t pitch, int64_t rows, const int64_t* positions, const X* x, int64_t x_pitch, int64_t n,
+         X* const* y, const int64_t* y_pitch, int64_t rank, int64_t modules, int64_t A, const int64_t* B,
+         const int64_t* m) {
+  const int64_t width = modules * rank;
+#pragma omp parallel
+  {
+    std::vector<float> z(width);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t position = positions ? positions[row] : row;
+      const F* own = flat + row * pitch;
+      const X* from = x + position * x_pitch;
+      switch (width) {
+        case 8: project<1>(from, own + A, n, z.data()); break;
+        case 16: project<2>(from, own + A, n, z.data()); break;
+        case 24: project<3>(from, own + A, n, z.data()); break;
+        case 32: project<4>(from, own + A, n, z.data()); break;
+        case 48: project<6>(from, own + A, n, z.data()); break;
+        default: project(from, own + A, n, width, z.data());
+      }
+      for (int64_t i = 0; i < modules; ++i)
+        expand(z.data() + i * rank, own + B[i], rank, m[i], y[i] + position * y_pitch[i]);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void add_float32(const float* flat, int64_t pitch, int64_t rows, const int64_t* positions, const float* x,
+                 int64_t x_pitch, int64_t n, float* const* y, const int64_t* y_pitch, int64_t rank, int64_t modules, int64_t A,
+                 const int64_t* B, const int64_t* m) {
+  add(flat, pitch, rows, positions, x, x_pitch, n, y, y_pitch, rank, modules, A, B, m);
+}
+
+void add_bfloat16(const bf16* flat, int64_t pitch, int64_t rows, const int64_t* positions, const bf16* x,
+                  int64_t x_pitch, int64_t n, bf16* const* y, const int64_t* y_pitch, int64_t rank, int64_t modules, int64_t A,
+                  const int64_t* B, const int64_t* m) {
+  add(flat, pitch, rows, positions, x, x_pitch, n, y, y_pitch, rank, modules, A, B, m);
+}
+}
