@@ -91,6 +91,16 @@ def private_home(tmp_path, monkeypatch):
     monkeypatch.setenv("LORCHESTRA_HOME", str(tmp_path / "home"))
 
 
+@pytest.fixture(autouse=True)
+def tidy_checkout():
+    """No test leaves anything in the checkout."""
+    checkout = Path(__file__).parent.parent
+    before = set(os.listdir(checkout))
+    yield
+    left = {name for name in set(os.listdir(checkout)) - before if not name.startswith(".")}
+    assert not left, f"left in the checkout: {sorted(left)}"
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     """In CI nothing is skipped: there a skip is a failure, with its reason."""

@@ -39,6 +39,8 @@ def test_an_adapter_as_a_small_peft_directory(lorchestra, adapter, tmp_path):
     assert 0.3 < found["retained"] < 1
     assert 0 < found["error"] < 0.01
     assert small.base == Adapter.load(adapter).base
+    assert found["serve"]["lmdeploy"].endswith("--backend pytorch --adapters out=out")
+    assert found["serve"]["vllm"].endswith("--enable-lora --max-lora-rank 8 --lora-modules out=out")
     exact = lorchestra("export", "a", "-o", "exact")
     assert exact.code == 0
     assert "float32, rank 4" in exact.out

@@ -311,15 +311,13 @@ def test_the_flags_defaults_are_the_recipes_but_for_patience_or_settled_from_the
     )
     assert told.code == 0, told.err
     settings = Adapter.load("out").lineage.settings
-    lora = LoraSettings(rank=4, alpha=16 / 8**0.5 * 2, dropout=0.1)
+    lora = LoraSettings(dropout=0.1)
     assert LoraSettings.model_validate(settings["lora"]) == lora
-    assert lora.scale == LoraSettings().scale
     train = TrainSettings(epochs=6.0, patience=2, learning_rate=5e-4)
     assert settings["train"] == train.model_dump(mode="json", exclude={"report_to", "checkpoint_every"})
     settled = re.findall(r"^  out: (--\w+) (\S+) \(", told.err, re.MULTILINE)
     assert settled == [
-        ("--lora_rank", "4"), ("--lora_alpha", "11.31"), ("--lora_dropout", "0.1"), ("--num_train_epochs", "6"),
-        ("--learning_rate", "0.0005"),
+        ("--lora_rank", "8"), ("--lora_dropout", "0.1"), ("--num_train_epochs", "6"), ("--learning_rate", "0.0005"),
     ]  # fmt: skip
 
 

@@ -109,17 +109,17 @@ def test_what_is_settled_is_told_everywhere(lorchestra, recipe, tmp_path):
         start = shown.index("not set, so settled from the examples (set a key to choose otherwise):")
         lines.append(" ".join(shown[start : start + 12]))
         for stage in ("general", "preference"):
-            assert f"{stage}: lora.rank 4 (" in lines[-1], verb
+            assert f"{stage}: lora.rank 8 (" in lines[-1], verb
             assert f"{stage}: lora.dropout 0.1 (" in lines[-1], verb
         assert "lora.alpha" not in lines[-1], "it is set"
         assert "learning_rate" not in lines[-1], "it is set"
         found = json.loads(lorchestra(verb, "recipe.yaml", "--json", *few).out)["suggestions"]
         assert [row["key"] for row in found["general"]] == ["lora.rank", "lora.dropout", "folds"]
     report = json.loads((tmp_path / "runs" / "tiny" / "report.json").read_text())
-    assert [stage["lora"]["rank"] for stage in report["stages"]] == [4, 4]
+    assert [stage["lora"]["rank"] for stage in report["stages"]] == [8, 8]
     assert report["settings"]["lora"]["rank"] == "auto"
-    assert report["settings"]["stages"][0]["lora"] == {"rank": 4, "dropout": 0.1}
-    assert report["settled"]["general"]["lora.rank"].startswith("4 (")
+    assert report["settings"]["stages"][0]["lora"] == {"rank": 8, "dropout": 0.1}
+    assert report["settled"]["general"]["lora.rank"].startswith("8 (")
     assert "settled.general.lora.rank" in (tmp_path / "runs" / "tiny" / "report.html").read_text()
     untold = lorchestra("plan", "recipe.yaml", "--set", "lora.rank=2", "--set", "lora.dropout=0")
     assert "lora.rank" not in untold.out

@@ -84,7 +84,7 @@ class TestDigest:
 
         plain = digest()
         assert digest(report_to=["tensorboard"], checkpoint_every=7) == plain
-        settled = {"rank": 4, "alpha": 16 / 8**0.5 * 4**0.5, "dropout": 0.1}
+        settled = {"rank": 8, "alpha": 16, "dropout": 0.1}
         by_hand = digest(lora=settled, epochs=6, patience=3, learning_rate=5e-4, batch_size=8)
         assert by_hand == plain, "the defaults and what the examples settle, written out"
         (tmp_path / "renamed.jsonl").write_text("\n".join(rows))
@@ -106,7 +106,7 @@ class TestDigest:
             digest(lora={"init": "rescaled", "sigma": 0.5}), digest(lora=some), digest(eval_limit=2),
             digest(eval_every=2), digest(scheduler="constant"), digest(warmup_ratio=0.5), digest(split=whole),
             digest(learning_rate=1e-4), digest(batch_size=4), digest(patience=1), digest(epochs=2), digest(max_steps=5),
-            digest(lora={"rank": 8}), digest(lora={"dropout": 0.2}), digest(lora={"init": "rescaled"}),
+            digest(lora={"rank": 4}), digest(lora={"dropout": 0.2}), digest(lora={"init": "rescaled"}),
             digest(seeds={"init": 1}), digest(seeds={"data": 1}), digest(data="b.jsonl"), digest(dtype="bfloat16"),
         ]  # fmt: skip
         assert len({plain, *others}) == 1 + len(others)

@@ -265,8 +265,8 @@ def test_what_the_examples_will_settle_is_left_out_until_they_are_here(finished,
     changed = values(recipe.base, lora={}, train={"batch_size": 8})
     here = plan(Recipe.from_dict(changed, where), MACHINE)
     outlook = here.step("general").outlook
-    assert (outlook.rank, outlook.steps) == (4, 6 * -(-outlook.examples["train"] // 8))
-    assert outlook.trainable == 2 * before.step("general").outlook.trainable
+    assert (outlook.rank, outlook.steps) == (8, 6 * -(-outlook.examples["train"] // 8))
+    assert outlook.trainable == 4 * before.step("general").outlook.trainable
     assert [found.key for found in here.suggestions["clinic"]][:2] == ["lora.dropout", "train.epochs"], (
         "its rank is set"
     )

@@ -155,10 +155,10 @@ def test_what_the_examples_settle_is_the_step_that_the_same_values_written_out_a
     open_one = written(tmp_path, tiny_dir)
     prepared = prepare(open_one)
     stage = prepared.recipe.stages[0]
-    assert {found.key: found.value for found in prepared.suggestions["a"]}["lora.rank"] == 4
+    assert {found.key: found.value for found in prepared.suggestions["a"]}["lora.rank"] == 8
     assert not prepared.recipe.open_keys(stage)
     assert prepared.recipe.text == open_one.text, "as it was written"
-    by_hand = "lora: {rank: 4, alpha: 11.31370849898476, dropout: 0.1}, epochs: 6, learning_rate: 5e-4"
+    by_hand = "lora: {rank: 8, alpha: 16, dropout: 0.1}, epochs: 6, learning_rate: 5e-4"
     explicit = prepare(written(tmp_path, tiny_dir, stage=f", {by_hand}, train: {{patience: 3}}"))
     assert [found.key for found in explicit.suggestions["a"]] == ["folds"]
 

@@ -13,6 +13,7 @@ from lorchestra.errors import UserError
 from lorchestra.evaluate.ledger import Ledger
 from lorchestra.pipeline.execute import run
 from lorchestra.recipe.recipe import Recipe
+from lorchestra.recipe.suggestions import suggest_learning_rate, suggest_rank
 from lorchestra.sweep.cells import Cell, cells, recipe_of
 from lorchestra.sweep.spec import SweepSpec
 from lorchestra.sweep.worker import Work, Worker
@@ -119,18 +120,19 @@ def test_a_training_that_blows_up_is_an_outcome(make_spec, rate):
 
 @pytest.mark.slow
 def test_what_a_recipe_leaves_open_is_settled_from_the_cells_own_examples(tmp_path, tiny_dir):
-    path = write_colours(tmp_path, tiny_dir, 500)
+    path = write_colours(tmp_path, tiny_dir, 1000)
     text = path.read_text(encoding="utf-8").replace("lora: {rank: 2, alpha: 4, dropout: 0}\n", "")
     path.write_text(text.replace(", learning_rate: 0.01", ""), encoding="utf-8")
-    plain = {"recipe": "recipe.yaml", "name": "s", "axes": {"data.size": [100, 220]}, "seeds": 1, "test_limit": 2}
+    plain = {"recipe": "recipe.yaml", "name": "s", "axes": {"data.size": [100, 520]}, "seeds": 1, "test_limit": 2}
     spec = SweepSpec.from_dict(plain, tmp_path)
     worker = Worker(spec)
     small, large = (worker.work(Work(cell)) for cell in cells(spec))
-    assert small.trainable * 2 == large.trainable, "r 4 below 200 examples, 8 from there on"
-    assert small.scale == large.scale
+    for n, found in ((100, small), (520, large)):
+        assert found.learning_rate == suggest_learning_rate(n, "sft").value
+    assert small.learning_rate > large.learning_rate
     fixed = SweepSpec.from_dict({**plain, "set": {"lora.rank": 3, "train.learning_rate": 0.01}}, tmp_path)
     set_small, set_large = (worker_of.work(Work(cell)) for worker_of in [Worker(fixed)] for cell in cells(fixed))
-    assert set_small.trainable == set_large.trainable == small.trainable * 3 // 4
+    assert set_small.trainable == set_large.trainable == small.trainable * 3 // suggest_rank(100).value
     assert (set_small.learning_rate, set_large.learning_rate) == (0.01, 0.01)
 
 

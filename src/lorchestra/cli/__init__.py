@@ -26,7 +26,7 @@ def main() -> None:
     from lorchestra.errors import LorchestraError
 
     try:
-        app()
+        app(prog_name="lorchestra")
     except LorchestraError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -17,8 +17,10 @@ from lorchestra.cli import (
     init,
     inspect,
     merge,
+    registry,
     run,
     search,
+    serve,
     sweep,
 )
 from lorchestra.cli.options import either_dash
@@ -75,4 +77,6 @@ app.command("export", cls=Verb, rich_help_panel=ADAPTERS)(export.export)
 app.command("search", cls=Verb, rich_help_panel=ADAPTERS)(search.search)
 app.command("chat", cls=Verb, rich_help_panel=ADAPTERS)(chat.chat)
 app.command("eval", cls=Verb, rich_help_panel=ADAPTERS)(evaluate.evaluate)
+app.command("serve", cls=serve.ServeVerb, rich_help_panel=ADAPTERS)(serve.serve)
+app.add_typer(registry.app, name="registry", rich_help_panel=ADAPTERS)
 app.command("doctor", cls=Verb, rich_help_panel=ADAPTERS)(doctor.doctor)

@@ -45,7 +45,7 @@ def run_departments(
         typer.echo(json.dumps({"directory": str(result.directory), **result.as_dict()}, indent=2, ensure_ascii=False))
     else:
         _show(result)
-    if result.failed:
+    if result.failed or result.unpublished:
         raise typer.Exit(1)
 
 
@@ -73,6 +73,8 @@ def _show(result: MatrixResult) -> None:
     if any(outcome.warnings for outcome in result.outcomes):
         out.print("warnings about the data are on the page and in departments.json")
     out.print(f"{done} of {counted(len(result.outcomes), 'department')} delivered")
+    if result.published or result.unpublished:
+        out.print(f"{len(result.published)} of {counted(len(result.outcomes), 'department')} published")
     out.print(f"adapters: {result.directory / 'departments'}")
     out.print(f"page: {result.page}")
 

@@ -149,9 +149,12 @@ def _adapter(directory: Path, rank: int | None) -> tuple[Adapter, float]:
 
 def _peft(directory: Path, out: Path, dtype: str, rank: int | None) -> dict[str, Any]:
     from lorchestra.export.factors import export_peft
+    from lorchestra.serve.vllm_process import others
 
     adapter, kept = _adapter(directory, rank)
     done = export_peft(adapter, out, dtype)
+    base = adapter.base.name if Path(adapter.base.name).is_dir() else "BASE"
+    commands = others(base, {out.resolve().name: out}, done.rank)
     return {
         "output_dir": str(out),
         "format": "peft",
@@ -160,6 +163,7 @@ def _peft(directory: Path, out: Path, dtype: str, rank: int | None) -> dict[str,
         "size": done.size,
         "retained": kept,
         "error": done.error,
+        "serve": {engine: shlex.join(words) for engine, words in commands.items()},
         "next": shlex.join(["lorchestra", "inspect", str(out)]),
     }
 
@@ -289,5 +293,6 @@ def _lines(told: Mapping[str, Any]) -> list[str]:
         out.append(f"logits, as transformers reads the file: {told['logits']:.2%} of their spread off")
     if told.get("template") is False:
         out.append("the chat template cannot be put into Ollama's language; Ollama goes by the one in the GGUF file")
+    out += [f"{engine}: {command}" for engine, command in told.get("serve", {}).items()]
     out.append(f"Next: {told['next']}")
     return out

@@ -63,6 +63,9 @@ def show_result(result: RunResult) -> None:
     for name, path in places_of:
         if path is not None:
             places.add_row(name, escape(_short(path)))
+    if result.published is not None:
+        leads = f", {result.published.alias}" if result.published.alias else ""
+        places.add_row("published", escape(f"{result.published.reference}{leads}"))
     places.add_row("talk to it", f"lorchestra chat {escape(_short(result.merged or result.adapter))}")
     out.print(places)
 

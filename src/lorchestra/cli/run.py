@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -147,8 +148,10 @@ def check(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False
     loaded = _load(recipe, overrides)
     from lorchestra.cli.progress import make_reporter, without_lines
     from lorchestra.pipeline.prepare import prepare
+    from lorchestra.pipeline.publishing import check_publish
     from lorchestra.recipe.suggestions import plain
 
+    check_publish(loaded)
     prepared = prepare(loaded, without_lines(make_reporter()))
     if as_json:
         found = {
@@ -185,5 +188,6 @@ def _plain(result: RunResult) -> dict[str, Any]:
         "verdict": result.verdict,
         "sealed_test_readings": dict(result.readings),
         "digests": dict(result.digests),
+        "published": asdict(result.published) if result.published else None,
         "suggestions": plain(result.suggestions),
     }

@@ -183,6 +183,7 @@ evaluate:                             # the verdict, on examples that nothing el
 deliver:                              # a fused adapter, always
   merged: true                        # also write base + adapters as one model
   dtype: float32                      # of that model: exact; bfloat16 and float16 are half as large, and rounded
+  # publish: {{registry: ~/adapters}}   # also keep it in a registry, as a version with its lineage and figures
 """
 
 _CAPITALS = (

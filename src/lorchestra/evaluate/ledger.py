@@ -26,6 +26,11 @@ def item_digest(example: Example) -> str:
     return json_digest([turns, normalise(example.rejected or "")]).removeprefix("sha256:")[:16]
 
 
+def sealed_digest(items: Sequence[str]) -> str:
+    """``sha256:…`` of a whole sealed test, by its items in any order; another tokenizer does not change it."""
+    return json_digest(sorted(items))
+
+
 class Ledger:
     """Append-only JSON lines, one a reading: when, by which reader, of which items.
 

@@ -13,14 +13,17 @@ from typing import Any
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.base.home import home
 from lorchestra.base.load import choose_device, choose_format
+from lorchestra.errors import LorchestraError
 from lorchestra.events import SILENT, Reporter
-from lorchestra.pipeline.cache import Step, StepCache, discard, place, run_lock, storage, sweep, write_json
+from lorchestra.pipeline.cache import Step, StepCache, discard, run_lock, storage, sweep, write_json
 from lorchestra.pipeline.choosing import Chosen, choose
 from lorchestra.pipeline.delivering import fuse_step, merge_step, place_with_lineage
+from lorchestra.pipeline.figures import delivered_lineage
 from lorchestra.pipeline.journal import Journal
 from lorchestra.pipeline.judging import Judged, evaluate_step
 from lorchestra.pipeline.lazy import LazyBase
 from lorchestra.pipeline.prepare import Prepared, prepare
+from lorchestra.pipeline.publishing import KEPT, Published, check_publish, publish
 from lorchestra.pipeline.refitting import acting, refit_inputs
 from lorchestra.pipeline.training import (
     Trained,
@@ -53,6 +56,8 @@ class RunResult:
         digests: step name → content digest of the adapter it made.
         report: ``report.html``.
         suggestions: stage → what its examples settled, and the advice on how to judge with so many.
+        published: what it is in a registry, if the recipe publishes.
+        scores: of the verdict: model → domain → scores of every item; ``None`` without a sealed test.
     """
 
     directory: Path
@@ -64,6 +69,8 @@ class RunResult:
     digests: Mapping[str, str]
     report: Path
     suggestions: Mapping[str, tuple[Suggestion, ...]]
+    published: Published | None = None
+    scores: Path | None = None
 
 
 @as_written
@@ -80,6 +87,8 @@ def run(recipe: Recipe, *, directory: Path | None = None, reporter: Reporter = S
         UserError: something in the recipe, its sources or its data is to be mended.
         TrainingError: a law did not hold, or training diverged.
         StorageError: the disk is full or cannot be written.
+        RegistryError: the registry that it publishes to cannot be reached, before anything is trained or at the end.
+        PromotionRefused: a gate did not let the published adapter take the alias.
     """
     where = (directory or Path("runs") / recipe.name).resolve()
     with storage(where), run_lock(where, wait, reporter.say):
@@ -107,6 +116,8 @@ class _Run:
     def go(self) -> RunResult:
         """Every step in order."""
         choose_format(choose_device(self.recipe.device), self.recipe.dtype)  # a mistake there is told before any fetch
+        check_publish(self.recipe)
+        self.written = self.recipe
         self.reporter.event("run", recipe=self.recipe.name, version=version("lorchestra"))
         prepared = prepare(self.recipe, self.reporter)
         self.recipe = prepared.recipe
@@ -156,13 +167,15 @@ class _Run:
             if other.name not in {name.replace(":", "-") for name in self.trainings}:
                 discard(other)
         final = self.directory / "final"
-        place(fuse.directory / "adapter", final / "adapter")
+        lineage = delivered_lineage(prepared, fused, {**members, **refitted}.values(), judged)
+        place_with_lineage(fuse.directory / "adapter", final / "adapter", lineage)
         if merge is not None:
-            place_with_lineage(merge.directory / "model", final / "model", fused.lineage)
+            place_with_lineage(merge.directory / "model", final / "model", lineage)
         else:
             discard(final / "model")
         report = self._report(chosen, fuse, merge, judged)
         sentence = judged.verdict.sentence if judged else ""
+        published = self._publish(final / "adapter", sentence) if self.recipe.deliver.publish else None
         digests = {**{name: adapter.digest for name, adapter in adapters.items()}, "fused": fused.digest}
         self.reporter.event("done", seconds=round(time.time() - self.started, 1), digests=digests, verdict=sentence)
         return RunResult(
@@ -175,7 +188,23 @@ class _Run:
             digests=digests,
             report=report,
             suggestions=prepared.suggestions,
+            published=published,
+            scores=judged.step.directory / "scores.json" if judged else None,
         )
+
+    def _publish(self, adapter: Path, verdict: str) -> Published:
+        """Push what was delivered, and its stages if the recipe says so; everything else is on disk by now."""
+        stages = {name.replace(":", "-"): self.directory / "adapters" / name.replace(":", "-")
+                  for name in self.trainings if name != "mixed"}  # fmt: skip
+        try:
+            found = publish(self.written, adapter, stages, self.reporter)
+        except LorchestraError as error:
+            if verdict:
+                self.reporter.say(verdict)
+            error.args = (f"{error}\n{KEPT.format(self.directory)}", *error.args[1:])
+            raise
+        self._note("publish", "publish", None)
+        return found
 
     def _stages(self, prepared: Prepared) -> dict[str, Trained]:
         trained: dict[str, Trained] = {}

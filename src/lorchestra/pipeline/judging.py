@@ -13,7 +13,7 @@ from lorchestra.adapter.adapter import Adapter
 from lorchestra.base.load import Base, load_base
 from lorchestra.data.example import Example
 from lorchestra.evaluate.answer import Sampling, answers
-from lorchestra.evaluate.ledger import Ledger, item_digest
+from lorchestra.evaluate.ledger import Ledger, item_digest, sealed_digest
 from lorchestra.evaluate.reasons import mixture
 from lorchestra.evaluate.score import Domain, Scores, score
 from lorchestra.evaluate.verdict import DELIVERED, UNREFIT, Verdict, judge
@@ -33,12 +33,17 @@ QUANTISED = (
 
 @dataclass(frozen=True)
 class Judged:
-    """The verdict, answers before and after, how often each sealed test was read, and the step."""
+    """The verdict, answers before and after, how often each sealed test was read, and the step.
+
+    ``sealed`` is domain → :func:`sealed_digest`, ``scores`` domain → what the delivered model scored there.
+    """
 
     verdict: Verdict
     samples: list[dict[str, str]]
     ledger: list[dict[str, Any]]
     step: Step
+    sealed: Mapping[str, str]
+    scores: Mapping[str, Scores]
 
 
 def rivals(
@@ -154,8 +159,7 @@ def evaluate_step(
         return None
     domains, models, digest = inputs.domains, inputs.models, inputs.digest
     asked = _questions(prepared, recipe.evaluate.samples)
-    limit = recipe.evaluate.test_limit
-    items = {name: [item_digest(example) for example in prepared.data[name].splits.test[:limit]] for name in domains}
+    items = sealed_items(prepared)
 
     def make(work: Path) -> dict[str, Any]:
         for name, domain in domains.items():
@@ -163,7 +167,7 @@ def evaluate_step(
         return _evaluate(work, prepared, trained, models, domains, asked, fused, merged, base, reporter)
 
     step = cache.build("evaluate", digest, make, reporter.say)
-    scores = _read_scores(step.directory / "scores.json")
+    scores = read_scores(step.directory / "scores.json")
     tried = len(chosen.search["candidates"]) if chosen.search else 0
     verdict = judge(
         scores,
@@ -184,7 +188,41 @@ def evaluate_step(
         for name, domain in domains.items()
     ]
     samples = json.loads((step.directory / "samples.json").read_text(encoding="utf-8"))
-    return Judged(verdict, samples, ledger, step)
+    sealed = {name: sealed_digest(found) for name, found in items.items()}
+    return Judged(verdict, samples, ledger, step, sealed, scores[DELIVERED])
+
+
+def sealed_items(prepared: Prepared) -> dict[str, list[str]]:
+    """Domain → :func:`item_digest` of what the verdict reads of it; domains without a sealed test are left out."""
+    limit = prepared.recipe.evaluate.test_limit
+    tests = {name: data.splits.test[:limit] for name, data in prepared.data.items()}
+    return {name: [item_digest(example) for example in test] for name, test in tests.items() if test}
+
+
+def score_alone(
+    prepared: Prepared, adapter: Adapter, base: LazyBase, cache: StepCache, reporter: Reporter
+) -> dict[str, Scores]:
+    """Domain → what base and ``adapter`` score on the sealed test, beside no rival; the reading is in the ledger."""
+    base = base.plain()
+    domains = domains_of(prepared, "test", prepared.recipe.evaluate.test_limit, choices=True)
+    needs = {
+        "base": prepared.base_digest,
+        "adapter": adapter.digest,
+        "domains": {name: domain.digest for name, domain in domains.items()},
+    }
+    digest, items = step_digest("alone", VERSION, {"dtype": str(base.dtype)}, needs), sealed_items(prepared)
+
+    def make(work: Path) -> dict[str, Any]:
+        for name, domain in domains.items():
+            Ledger.here().enter(items[name], name, digest, domain.digest)
+        count = sum(len(domain.items) for domain in domains.values())
+        with reporter.task("sealed test", count, "item") as task, _delivered(base.load(), adapter) as model:
+            _write_scores(work / "scores.json", {DELIVERED: _score_all(model, domains, task)})
+        base.release()
+        return {"items": count}
+
+    step = cache.build("alone", digest, make, reporter.say)
+    return read_scores(step.directory / "scores.json")[DELIVERED]
 
 
 def _same(
@@ -211,7 +249,7 @@ def _evaluate(
     reporter: Reporter,
 ) -> dict[str, Any]:
     kept = work / SCRATCH / "scores.json"
-    scores = _read_scores(kept) if kept.exists() else {}
+    scores = read_scores(kept) if kept.exists() else {}
     items = sum(len(domain.items) for domain in domains.values())
     with reporter.task("sealed test", items * (len(models) + 1), "item") as task:
         _score_rivals(base.load(), trained, models, domains, scores, kept, task)
@@ -304,6 +342,7 @@ def _write_scores(path: Path, scores: Mapping[str, Mapping[str, Scores]]) -> Non
     write_json(path, {model: {name: asdict(found) for name, found in by.items()} for model, by in scores.items()})
 
 
-def _read_scores(path: Path) -> dict[str, dict[str, Scores]]:
+def read_scores(path: Path) -> dict[str, dict[str, Scores]]:
+    """Model → domain → scores, as a verdict keeps them."""
     value = json.loads(path.read_text(encoding="utf-8"))
     return {model: {name: Scores.from_dict(found) for name, found in by.items()} for model, by in value.items()}

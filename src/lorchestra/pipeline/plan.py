@@ -28,6 +28,7 @@ from lorchestra.pipeline.delivering import fuse_digest, merge_digest
 from lorchestra.pipeline.estimate import Machine, Shape, empty_model, measure, shape_of
 from lorchestra.pipeline.judging import evaluate_inputs
 from lorchestra.pipeline.prepare import Prepared, prepare, split_spec
+from lorchestra.pipeline.publishing import check_publish, destination
 from lorchestra.pipeline.refitting import acting, refit_inputs
 from lorchestra.pipeline.training import Trained, context_of, load_trained, mixed_inputs, stage_digest, stage_inputs
 from lorchestra.recipe.recipe import Recipe
@@ -46,11 +47,11 @@ class PlannedStep:
 
     Args:
         name: of the step; of a stage's data, ``data:<stage>``.
-        kind: ``source``, ``data``, ``stage``, ``search``, ``fuse``, ``merge`` or ``evaluate``.
+        kind: ``source``, ``data``, ``stage``, ``search``, ``fuse``, ``merge``, ``evaluate`` or ``publish``.
         needs: names of the steps it waits for.
-        state: ``here`` or ``to fetch`` (a source), ``each run`` (reading the data), ``cached``, ``begun`` (goes on
-            from a checkpoint) or ``to do``.
-        note: what is to be fetched, or how far a begun step is.
+        state: ``here`` or ``to fetch`` (a source), ``each run`` (data, publishing), ``cached``, ``begun`` (goes on from
+            a checkpoint) or ``to do``.
+        note: what is to be fetched, how far a begun step is, or what is published where.
         digest: of the step; empty where it depends on an unfinished one.
         outlook: of a stage.
         seconds: still to spend, estimated; of a cached stage 0; ``None`` if it cannot be said.
@@ -125,6 +126,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
         UserError: what :func:`prepare` would refuse, as far as it is here.
     """
     recipe.check_sources()
+    check_publish(recipe)
     return _Planner(recipe, machine).go()
 
 
@@ -152,8 +154,9 @@ class _Planner:
             self.model = empty_model(directory)
             self.shape = shape_of(self.model, self.format.dtype.itemsize, bool(self.format.quantised))
         self._data()
-        adapters = self._stages()
-        self._after(adapters)
+        self._after(self._stages())
+        if self.recipe.deliver.publish is not None:
+            self._add(PlannedStep("publish", "publish", (self.steps[-1].name,), "each run", destination(self.recipe)))
         return self._plan()
 
     def _sources(self) -> Path | None:
@@ -374,7 +377,8 @@ class _Planner:
                 notes.append("Settings that the recipe leaves open are settled from the examples, once these are here.")
             return notes
         if all(step.finished for step in self.steps):
-            return ["Every step is cached: a run only writes its report."]
+            publishes = ", and publishes" if self.recipe.deliver.publish else ""
+            return [f"Every step is cached: a run only writes its report{publishes}."]
         notes = [self.costs.basis()]
         if self.ratios:
             count = f"{len(self.ratios)} stage{'s' if len(self.ratios) > 1 else ''}"

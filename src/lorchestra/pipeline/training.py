@@ -25,7 +25,7 @@ from lorchestra.recipe.suggestions import settle_stage
 from lorchestra.train.settings import ContextMember, LoraSettings, Objective, TrainSettings
 from lorchestra.train.stage import StageInputs, stage_lineage, train_stage
 
-VERSION = 4  # raise it when the same settings would train another adapter
+VERSION = 6  # raise it when the same settings would train another adapter
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from lorchestra.recipe.publish import publish_problems
 from lorchestra.recipe.sections import AUTO, EITHER
 from lorchestra.recipe.sources import variable_problem
 from lorchestra.recipe.words import Location, Problem, near, problems
@@ -184,6 +185,12 @@ def variables(recipe: Recipe) -> Iterable[Problem]:
             yield path, problem
 
 
+def publishing(recipe: Recipe) -> Iterable[Problem]:
+    """What is published goes by a name, an alias and gates that a registry takes, and the recipe holds no password."""
+    if recipe.deliver.publish is not None:
+        yield from ((("deliver", "publish", *place), text) for place, text in publish_problems(recipe))
+
+
 def whole_stack(recipe: Recipe) -> Iterable[Problem]:
     """``weights: last`` delivers the last member as it was trained: all of its context takes part in the fusion."""
     last = next((stage for stage in recipe.stages if stage.name == recipe.members[-1]), None)
@@ -202,6 +209,7 @@ def whole_stack(recipe: Recipe) -> Iterable[Problem]:
 RULES = (
     names, contexts, stage_settings, how_long, preference_losses, members, given_weights, whole_stack,
     something_to_search_on, goal, strategy, something_to_judge_on, device, variables,
+    publishing,
 )  # fmt: skip
 
 

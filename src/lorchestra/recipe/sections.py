@@ -148,11 +148,39 @@ class Evaluate(Settings):
         return {name: data_entries(entry) for name, entry in value.items()} if isinstance(value, dict) else value
 
 
+class Publish(Settings):
+    """Where the fused adapter is pushed after the verdict: a registry, and what it is called there.
+
+    Without a ``name`` it is the recipe's. ``gates`` guard the ``alias``. ``stages`` pushes their adapters too.
+    """
+
+    registry: str = "${LORCHESTRA_REGISTRY}"
+    name: str = ""
+    alias: str = ""
+    gates: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    note: str = ""
+    stages: bool = False
+
+
 class Deliver(Settings):
-    """What is written at the end: the fused adapter always, a merged model if wished."""
+    """What is written at the end: the fused adapter always, a merged model if wished; and where it is published."""
 
     merged: bool = True
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    publish: Publish | None = None
+
+    @field_validator("publish", mode="before")
+    @classmethod
+    def _forms(cls, value: Any) -> Any:
+        """Anything else would be quoted in the message, and an URL may hold a password."""
+        if isinstance(value, dict):
+            if not isinstance(value.get("registry", ""), str):
+                raise ValueError("its registry is a text: a directory, a URL, or ${LORCHESTRA_REGISTRY}")
+            return without_empty(value)
+        if value is not None and not isinstance(value, Publish):
+            raise ValueError("write a mapping, as in publish: {registry: ~/adapters, name: clinic}")
+        return value
 
 
 def data_entries(value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lorchestra.errors import counted
 from lorchestra.evaluate.metrics import differences, flat, metrics
 from lorchestra.evaluate.score import Scores
+from lorchestra.pipeline.figures import called, figure
 from lorchestra.stats.intervals import Interval
 
 BASE, SHARED, DELIVERED = "base", "shared", "delivered"
@@ -93,8 +94,9 @@ class Outcome:
         weights: member → λ of what is delivered; ``members`` their content digests.
         digest: of the delivered adapter.
         retained: share of the sum's energy that ``fusion.rank`` kept; 1 for the exact sum.
+        tools: name → version of what its members were made with.
         tests: on the sealed test; empty without one.
-        readings: how often the test has been read so far.
+        readings: how often the test has been read so far; ``sealed`` its :func:`sealed_digest`.
         directory: of the finished step, with ``adapter/``.
         cached: it was finished before.
     """
@@ -120,8 +122,10 @@ class Outcome:
     members: Mapping[str, str] = field(default_factory=dict)
     digest: str = ""
     retained: float = 1.0
+    tools: Mapping[str, str] = field(default_factory=dict)
     tests: tuple[Judged, ...] = ()
     readings: int = 0
+    sealed: str = ""
     directory: str = ""
     cached: bool = False
 
@@ -136,6 +140,15 @@ class Outcome:
         del told["name"], told["directory"], told["cached"]
         told["tests"] = [test.as_dict() for test in self.tests]
         return told
+
+
+def department_figures(stage: str, outcome: Outcome) -> dict[str, Any]:
+    """What a registry knows of a department's sealed test: ``loss`` and ``clinic.loss``, as after a run."""
+    found = {}
+    for test in outcome.tests:
+        told = figure(test.metric, test.models[DELIVERED], outcome.sealed)
+        found[called(test.metric)] = found[f"{stage}.{called(test.metric)}"] = told
+    return found
 
 
 def remarks(outcomes: tuple[Outcome, ...], context: bool) -> dict[str, tuple[str, ...]]:

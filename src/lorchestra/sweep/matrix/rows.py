@@ -107,6 +107,11 @@ class Matrix:
         recipe = _narrowed(Recipe.load(self.recipe, self.overrides))
         return recipe.model_copy(update={"stages": recipe.stages[:-1], "fusion": Fusion()})
 
+    def published_name(self, department: Department) -> str:
+        """What a department's adapter is called in a registry: its own name, after the recipe's ``publish.name``."""
+        publish = self.shared().deliver.publish
+        return f"{publish.name}-{department.name}" if publish and publish.name else department.name
+
     def left_out(self) -> list[str]:
         """What the recipe asks for and departments do not get, a sentence each."""
         recipe = Recipe.load(self.recipe, self.overrides)
@@ -118,6 +123,11 @@ class Matrix:
             )
         if recipe.deliver.merged:
             found.append("deliver.merged: no merged models are made; `lorchestra merge BASE ADAPTER` makes one")
+        if recipe.deliver.publish is not None and recipe.deliver.publish.stages:
+            found.append(
+                f"deliver.publish.stages: the shared stages are pushed; a department's own {self.stage!r} is pushed "
+                "only as part of its adapter"
+            )
         others = {
             "fusion.refit": recipe.fusion.refit,
             "evaluate.mixed_baseline": recipe.evaluate.mixed_baseline,
@@ -151,7 +161,7 @@ def _narrowed(recipe: Recipe) -> Recipe:
         update={
             "fusion": recipe.fusion.model_copy(update={"refit": False}),
             "evaluate": Evaluate(test_limit=recipe.evaluate.test_limit),
-            "deliver": Deliver(merged=False, dtype=recipe.deliver.dtype),
+            "deliver": Deliver(merged=False, dtype=recipe.deliver.dtype, publish=recipe.deliver.publish),
         }
     )
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.errors import DivergedError, LorchestraError, StorageError
-from lorchestra.evaluate.ledger import Ledger, item_digest
+from lorchestra.evaluate.ledger import Ledger, item_digest, sealed_digest
 from lorchestra.evaluate.score import Domain, Scores
 from lorchestra.events import SILENT, Reporter
 from lorchestra.pipeline.cache import place, step_digest, write_json
 from lorchestra.pipeline.choosing import Chosen, settled
 from lorchestra.pipeline.delivering import fuse_step
+from lorchestra.pipeline.figures import tools_of
 from lorchestra.pipeline.lazy import LazyBase
 from lorchestra.pipeline.prepare import Prepared, prepare, prepare_beside
 from lorchestra.pipeline.training import Trained
@@ -120,6 +121,7 @@ class DepartmentWorker:
             data={loaded.source: loaded.digest for loaded in prepared.data[name].loaded},
             tests=judged(_read(scored)) if scored.exists() else (),
             readings=Ledger.here().count(items, domain.digest) if domain and scored.exists() else 0,
+            sealed=sealed_digest(items) if scored.exists() else "",
             directory=str(step.directory),
             cached=step.cached,
         )
@@ -143,6 +145,7 @@ class DepartmentWorker:
             "members": {key: adapter.digest for key, adapter in taking.items()},
             "digest": fused.digest,
             "retained": step.info["retained"],
+            "tools": tools_of(taking.values()),
             "warnings": list(chosen.warnings),
         }
         return fused, told

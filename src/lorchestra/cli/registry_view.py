@@ -1,0 +1,215 @@
+"""``lorchestra registry list|show|history``: what there is, and what was done."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorchestra.cli.completion import among
+from lorchestra.cli.options import Json
+from lorchestra.cli.registry_options import Ref, Where, aliases_of, metric, names, opened, printed, short, size, told
+from lorchestra.errors import counted
+
+if TYPE_CHECKING:
+    from lorchestra.registry.manifest import Manifest, Metric, ParentEntry
+    from lorchestra.registry.sql.catalog import Summary, Version
+
+Name = Annotated[str, typer.Argument(metavar="[NAME]", help="Of one adapter alone.", autocompletion=names)]
+
+
+def list_versions(
+    name: Name = "",
+    base: Annotated[str, typer.Option("--base", metavar="TEXT", help="Base's name, or digest of its weights.")] = "",
+    tag: Annotated[str, typer.Option("--tag", metavar="TAG", help="With this tag.")] = "",
+    state: Annotated[
+        str, typer.Option("--state", help="ready or revoked.", autocompletion=among("ready", "revoked"))
+    ] = "",
+    alias: Annotated[str, typer.Option("--alias", metavar="ALIAS", help="That this alias points at.")] = "",
+    since: Annotated[str, typer.Option("--since", metavar="DATE", help="Pushed on that day or later.")] = "",
+    measured: Annotated[
+        str, typer.Option("--metric", metavar="TEXT", help="loss, or loss<=1.2; it gets a column.")
+    ] = "",
+    limit: Annotated[int, typer.Option("--limit", min=0, help="The newest so many; 0: all.")] = 0,
+    registry: Where = "",
+    as_json: Json = False,
+) -> None:
+    """The versions, newest first, with their aliases.
+
+    **Examples**
+
+    `lorchestra registry list`
+
+    `lorchestra registry list clinic --metric loss --state ready`
+
+    `lorchestra registry list --alias production --json`
+    """
+    column = re.split("[<>]", measured)[0].strip()
+    with opened(registry) as held:
+        whole: list[Version] = []
+        if as_json or column:
+            whole = held.versions(
+                name, base=base, tag=tag, metric=measured, state=state, alias=alias, since=since, limit=limit
+            )
+        if as_json:
+            pointing = aliases_of(held, name)
+            printed([told(version, pointing.get(version.id, [])) for version in whole])
+            return
+        lines = held.summaries(
+            name, base=base, tag=tag, metric=measured, state=state, alias=alias, since=since, limit=limit
+        )
+    values = {one.id: one.manifest.metrics[column] for one in whole if column in one.manifest.metrics}
+    if lines:
+        _table(lines, column, values)
+    else:
+        typer.echo("no version is like that" if any((name, base, tag, measured, state, alias, since)) else "empty")
+
+
+def _table(lines: Sequence[Summary], column: str, values: Mapping[int, Metric]) -> None:
+    from rich.table import Table
+
+    from lorchestra.cli.terminal import console
+
+    columns = ["version", "aliases", "state", "base", "rank", *([column] if column else []), "tags", "pushed", "by"]
+    table = Table(*columns, box=None)
+    for line in lines:
+        table.add_row(
+            line.reference,
+            ", ".join(line.aliases) or "–",
+            line.state,
+            line.base_name or "unnamed",
+            str(line.rank),
+            *([metric(values[line.id]) if line.id in values else "–"] if column else []),
+            ", ".join(line.tags) or "–",
+            when(line.created),
+            line.created_by,
+        )
+    console(markup=False).print(table)
+
+
+def show(ref: Ref, registry: Where = "", as_json: Json = False) -> None:
+    """Everything that is known of a version: weights, base, how it was made, on what, what was measured.
+
+    **Examples**
+
+    `lorchestra registry show clinic@production`
+
+    `lorchestra registry show clinic@v2 --json`
+    """
+    with opened(registry) as held:
+        version = held.resolve(ref)
+        pointing = aliases_of(held, version.manifest.name).get(version.id, [])
+    if as_json:
+        printed(told(version, pointing))
+        return
+    from lorchestra.cli.terminal import console
+
+    out = console(markup=False)
+    for key, text in _rows(version, pointing):
+        out.print(f"{key:<10} {text}")
+
+
+def _rows(version: Version, pointing: Sequence[str]) -> list[tuple[str, str]]:
+    manifest = version.manifest
+    state: str = version.state
+    if version.revoked:
+        state += f" on {when(version.revoked.at)} by {version.revoked.by}: {version.revoked.why}"
+    base = manifest.base
+    digests = [f"{part} {short(value)}" for part, value in (("weights", base.weights), ("tokenizer", base.tokenizer),
+                                                            ("template", base.template)) if value]  # fmt: skip
+    rows = [
+        ("version", manifest.reference),
+        ("state", state),
+        ("aliases", ", ".join(pointing) or "–"),
+        ("digest", manifest.digest),
+        ("base", f"{base.name or 'unnamed'} ({', '.join(digests) or 'unverified: shapes only'})"),
+        ("weights", f"{counted(len(manifest.ranks), 'module')}, rank {ranks(manifest)}, {manifest.parameters:,} "
+                    f"parameters, {scales(manifest)}"),
+        ("made by", made_by(manifest)),
+    ]  # fmt: skip
+    rows += [("sum of", weighted(manifest.parents))] if manifest.parents else []
+    rows += [("beside", weighted(manifest.context))] if manifest.context else []
+    rows += [("data", f"{name} {short(digest)}") for name, digest in manifest.data.items()]
+    rows += [("metric", f"{name} {metric(value)}" + _measured_on(value.split, value.n)) for name, value in
+             sorted(manifest.metrics.items())]  # fmt: skip
+    rows += [("files", f"{path} {size(entry.size)}") for path, entry in sorted(manifest.files.items())]
+    rows += [("tags", ", ".join(manifest.tags))] if manifest.tags else []
+    rows += [("note", manifest.note)] if manifest.note else []
+    return [*rows, ("pushed", f"{when(manifest.created)} by {manifest.created_by}")]
+
+
+def _measured_on(split: str, n: int | None) -> str:
+    parts = [f"{split} test" if split == "sealed" else split, f"n = {n:,}" if n is not None else ""]
+    text = ", ".join(filter(None, parts))
+    return f" ({text})" if text else ""
+
+
+def history(
+    name: Name = "",
+    alias: Annotated[str, typer.Option("--alias", metavar="ALIAS", help="Of this alias alone.")] = "",
+    limit: Annotated[int, typer.Option("--limit", min=0, help="The newest so many; 0: all.")] = 0,
+    registry: Where = "",
+    as_json: Json = False,
+) -> None:
+    """Who did what, when, from what to what, and why: the audit log, newest last. Nothing in it can be changed.
+
+    **Examples**
+
+    `lorchestra registry history clinic`
+
+    `lorchestra registry history clinic --alias production --json`
+    """
+    with opened(registry) as held:
+        entries = sorted(held.history(name, alias, limit), key=lambda entry: entry.id)
+    if as_json:
+        printed([{**asdict(entry), "details": dict(entry.details)} for entry in entries])
+        return
+    from rich.table import Table
+
+    from lorchestra.cli.terminal import console
+
+    table = Table("when", "who", "what", "of", "from", "to", "why", box=None)
+    for entry in entries:
+        table.add_row(
+            when(entry.at),
+            entry.actor,
+            entry.action,
+            f"{entry.name}@{entry.alias}" if entry.alias else entry.name or "–",
+            entry.before or "–",
+            entry.after or "–",
+            entry.why or "–",
+        )
+    console(markup=False).print(table)
+
+
+def made_by(manifest: Manifest) -> str:
+    """``stage terms (sft)``."""
+    task = f"({manifest.task})" if manifest.task else ""
+    return " ".join(filter(None, (manifest.made_by, manifest.stage, task)))
+
+
+def when(text: str) -> str:
+    """``2025-03-15 08:21``, in UTC as it is stored."""
+    return text[:16].replace("T", " ")
+
+
+def ranks(manifest: Manifest) -> str:
+    """``8``, or ``4–16``."""
+    found = sorted(set(manifest.ranks.values()))
+    return "–" if not found else str(found[0]) if len(found) == 1 else f"{found[0]}–{found[-1]}"
+
+
+def scales(manifest: Manifest) -> str:
+    """What the files ask for."""
+    found = sorted(set(manifest.scales.values()))
+    if found == [1.0]:
+        return "scale folded into B"
+    return f"scale {found[0]:.4g}" if len(found) == 1 else f"scales {found[0]:.4g}–{found[-1]:.4g}" if found else ""
+
+
+def weighted(entries: Sequence[ParentEntry]) -> str:
+    """``0.5·terms (3f2a90c1b7de) + …``"""
+    return " + ".join(f"{entry.coefficient:g}·{entry.name} ({short(entry.digest)})" for entry in entries)

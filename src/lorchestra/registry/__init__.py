@@ -1,0 +1,1 @@
+"""Names of adapters, and who may use them."""

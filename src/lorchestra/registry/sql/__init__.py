@@ -1,0 +1,1 @@
+"""The catalog: tables, transactions, the log of what was done."""

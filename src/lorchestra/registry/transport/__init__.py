@@ -1,0 +1,1 @@
+"""What leaves a registry and comes back: bundles, backups, the hub."""
