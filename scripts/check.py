@@ -23,18 +23,20 @@ def main() -> int:
         return 2
     elsewhere = "not gpu and not vllm"
     tests = [sys.executable, "-m", "pytest", "-m", f"{elsewhere} and not slow and not real" if quick else elsewhere]
+    # Several files at a time, one thread each: the tests wait for processes and servers about as long as they compute.
+    tests += ["-n", str((os.cpu_count() or 1) + 1), "--dist", "loadfile", "--durations=40"]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     checks = {
         "ruff": [str(BIN / "ruff"), "check", "."],
         "format": [str(BIN / "ruff"), "format", "--check", "."],
         "mypy": [str(BIN / "mypy")],
         "imports": [str(BIN / "lint-imports"), "--no-cache"],
-        "tests": [*tests, "--durations=15"],
+        "tests": tests,
     }
     for name, command in checks.items():
         print(f"== {name}", flush=True)
         started = time.monotonic()
-        # Tokenisers forked from a process that used threads would warn; the tests need no threads of theirs.
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}, check=False)
+        done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
         print(f"== {name}: {'passed' if not done.returncode else 'FAILED'}, {time.monotonic() - started:.0f} s")
         if done.returncode:
             return done.returncode

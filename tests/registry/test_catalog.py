@@ -55,6 +55,22 @@ def test_sqlite_is_set_up_to_survive_a_power_cut(local):
     assert told == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30_000}
 
 
+def test_many_make_the_same_catalog_at_the_same_moment(tmp_path):
+    for turn in range(8):
+        together, catalogs = threading.Barrier(8), []
+
+        def begin(url, together=together, catalogs=catalogs):
+            together.wait()
+            catalogs.append(Catalog.open(url, shown="the registry", actor="somebody", create=True))
+
+        threads = [threading.Thread(target=begin, args=(f"sqlite:///{tmp_path}/{turn}.db",)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(catalogs) == 8
+
+
 def test_a_transaction_is_kept_whole_or_not_at_all(registry):
     def broken_off():
         with registry.catalog.transaction() as held:

@@ -376,7 +376,8 @@ def test_the_command(hospital, lorchestra, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_two_jobs_deliver_what_one_does(hospital, tmp_path, monkeypatch):
+def test_two_jobs_deliver_what_one_does(hospital, tmp_path, monkeypatch, threads):
+    threads(1)  # as many as each of the two has
     table = hospital(4)
     one = run_matrix(load(table), directory=tmp_path / "one")
     monkeypatch.setenv("LORCHESTRA_HOME", str(tmp_path / "other"))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import secrets
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -177,8 +179,7 @@ def prepare(engine: Engine, shown: str, *, create: bool) -> None:
         _check_known(found, shown)
     if file:
         with explained(shown), engine.connect() as connection:  # outside a transaction, and once for the file
-            driver: Any = connection.connection.driver_connection
-            driver.execute("PRAGMA journal_mode=WAL")
+            _write_ahead(connection.connection.driver_connection)
     with changing(engine, shown) as connection:
         found = _revision(connection)  # another may have been before us
         if found == REVISION:
@@ -192,6 +193,20 @@ def prepare(engine: Engine, shown: str, *, create: bool) -> None:
         if found is None:
             rows = [{"key": "format", "value": FORMAT}, {"key": "registry_id", "value": secrets.token_hex(16)}]
             connection.execute(meta.insert(), [*rows, {"key": "head", "value": ""}])
+
+
+def _write_ahead(driver: Any) -> None:
+    """Turn the file to WAL. Where several do so at once, SQLite tells all but one at once that the file is locked,
+    whatever ``busy_timeout`` says, since each reads before it writes; so the waiting is done here."""
+    until = time.monotonic() + WAIT
+    while True:
+        try:
+            driver.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
 
 
 def upgrade(connection: Connection, revision: str = "head") -> None:
