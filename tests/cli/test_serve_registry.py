@@ -31,7 +31,7 @@ def test_a_mistake_is_told_before_anything_slow(lorchestra, words, says):
 def test_the_environment_names_a_registry_and_an_empty_flag_none(lorchestra, monkeypatch):
     monkeypatch.setenv("LORCHESTRA_REGISTRY", "nowhere")
     lorchestra("serve", "b").refused("there is no registry at")
-    lorchestra("serve", "./nothing", "--registry", "").refused("nothing")
+    lorchestra("serve", "./nothing", "--registry", "", "--port", "0").refused("nothing")
 
 
 @pytest.mark.slow
