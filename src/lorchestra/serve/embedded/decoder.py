@@ -136,7 +136,8 @@ class LlamaDecoder:
         for i, layer in enumerate(self.layers):
             y = layer.before(x, room)
             qkv = layer.qkv(y)
-            bank.add(acting, 4 * i, y, torch.split(qkv, [queries, keys, keys], dim=-1))
+            if acting.parts:
+                bank.add(acting, 4 * i, y, torch.split(qkv, [queries, keys, keys], dim=-1))
             qk = qkv[..., : queries + keys].view(b, L, -1, self.width)
             v = qkv[..., queries + keys :].view(b, L, self.heads, self.width)
             if layer.q_norm is not None and layer.k_norm is not None:
@@ -152,8 +153,8 @@ class LlamaDecoder:
             x = x + y
             y = layer.after(x, room)
             both = layer.up(y)
-            bank.add(acting, 4 * i + 2, y, both.chunk(2, dim=-1))
             gate, up = both.chunk(2, dim=-1)
+            bank.add(acting, 4 * i + 2, y, (gate, up))
             inside = silu(gate).mul_(up)
             y = layer.down(inside)
             bank.add(acting, 4 * i + 3, inside, (y,))

@@ -19,6 +19,7 @@ from lorchestra.base.allocator import large_blocks_go_back
 from lorchestra.base.load import Base, load_base
 from lorchestra.errors import UserError
 from lorchestra.events import SILENT, Reporter
+from lorchestra.serve.embedded.attention import Attention
 from lorchestra.serve.embedded.core import (
     Core,
     Done,
@@ -74,7 +75,8 @@ class LocalCore:
         dtype = decoder.dtype if limits.kernel else torch.float32
         self._bank = RowBank(decoder.groups, dtype, decoder.device, limits.max_rank, compiled)
         cache = limits.cache_memory or int(CACHE_SHARE * free)
-        slots = Slots(decoder.shape, cache, self.max_length, decoder.dtype, decoder.device)
+        attention = Attention() if limits.kernel else None
+        slots = Slots(decoder.shape, cache, self.max_length, decoder.dtype, decoder.device, attention)
         self._base = base.id
         self._residents = Residents(self._lay_out, limits.adapter_memory or int(ADAPTER_SHARE * free), self)
         self._queue = _Queue(self._taken)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from lorchestra.serve.embedded.attention import Attention
+
 SHORTEST = 256  # positions of the smallest slot
 CLEANED = 64  # positions that are zeroed ahead at a time
 
@@ -193,10 +195,11 @@ class Decoding:
     Args:
         parts: stores in use.
         positions: ``[b, 1]``.
+        kernel: attends, where it can.
     """
 
-    def __init__(self, parts: Sequence[_Part], positions: Tensor) -> None:
-        self._parts, self.positions = parts, positions
+    def __init__(self, parts: Sequence[_Part], positions: Tensor, kernel: Attention | None = None) -> None:
+        self._parts, self.positions, self._kernel = parts, positions, kernel
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, window: int | None = None
@@ -207,10 +210,14 @@ class Decoding:
             rows = slice(part.first, part.first + part.count)
             held = part.store.data[layer]
             held.flatten(0, 1).index_copy_(0, part.places, torch.stack((k[rows, 0], v[rows, 0]), dim=1))
+            asking = q[rows, 0]
+            if self._kernel is not None and self._kernel.takes(asking, held):
+                found.append(self._kernel.attend(asking, held, part.at, scale, window))
+                continue
             # As in Reading, query heads stand where positions stand.
             found.append(
                 scaled_dot_product_attention(
-                    q[rows, 0],
+                    asking,
                     *_halves(held[: part.count, : part.longest]),
                     attn_mask=part.mask(window),
                     scale=scale,
@@ -228,12 +235,19 @@ class Slots:
         max_length: of a sequence.
         dtype: of the model.
         device: of the model.
+        kernel: attends while decoding, where it can.
     """
 
     def __init__(
-        self, shape: CacheShape, budget: int, max_length: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        shape: CacheShape,
+        budget: int,
+        max_length: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        kernel: Attention | None = None,
     ) -> None:
-        self.shape, self.budget, self.max_length = shape, budget, max_length
+        self.shape, self.budget, self.max_length, self._kernel = shape, budget, max_length, kernel
         self.dtype, self.device = dtype, torch.device(device)
         self._stores: dict[int, _Store] = {}
         self._reserved: dict[int, int] = {}  # row → length of its slot
@@ -293,7 +307,7 @@ class Slots:
             parts.append(_Part(store, first, len(at), places, column, longest, min(at) == max(at)))
             first += len(at)
             store.used = [used + 1 for used in at]
-        return Decoding(parts, torch.tensor(positions)[:, None])
+        return Decoding(parts, torch.tensor(positions)[:, None], self._kernel)
 
     def release(self, row: int) -> None:
         """It ended, or never began to decode."""

@@ -1,0 +1,71 @@
+// Numbers of either dtype, one at a time and as lanes that are computed at once; sums are float32 throughout.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float wide(float value) { return value; }
+
+inline float wide(bf16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+inline void narrow(float value, float* out) { *out = value; }
+
+// Round to nearest, ties to even; NaN stays NaN.
+inline void narrow(float value, bf16* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+// Lanes that are computed at once; compilers split them where the processor has fewer.
+typedef float floats8 __attribute__((vector_size(32)));
+typedef uint32_t words8 __attribute__((vector_size(32)));
+typedef uint16_t halves8 __attribute__((vector_size(16)));
+typedef float floats16 __attribute__((vector_size(64)));
+typedef uint32_t words16 __attribute__((vector_size(64)));
+typedef uint16_t halves16 __attribute__((vector_size(32)));
+
+template <class Floats>
+inline void load(const float* from, Floats* out) {
+  std::memcpy(out, from, sizeof *out);
+}
+
+inline void load(const bf16* from, floats8* out) {
+  halves8 in;
+  std::memcpy(&in, from, sizeof in);
+  const words8 bits = __builtin_convertvector(in, words8) << 16;
+  std::memcpy(out, &bits, sizeof *out);
+}
+
+inline void load(const bf16* from, floats16* out) {
+  halves16 in;
+  std::memcpy(&in, from, sizeof in);
+  const words16 bits = __builtin_convertvector(in, words16) << 16;
+  std::memcpy(out, &bits, sizeof *out);
+}
+
+inline void store(floats16 value, float* out) { std::memcpy(out, &value, sizeof value); }
+
+inline void store(floats16 value, bf16* out) {
+  words16 bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const words16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const words16 kept = (bits & 0x7fffffffu) > 0x7f800000u ? words16{} + 0x7fc0u : rounded;
+  const halves16 narrowed = __builtin_convertvector(kept, halves16);
+  std::memcpy(out, &narrowed, sizeof narrowed);
+}
+
+}  // namespace

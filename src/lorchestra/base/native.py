@@ -1,0 +1,73 @@
+"""Compiled kernels, all optional: one C++ source each, without any header but ``lanes.h`` and the standard library's.
+
+Compiled for this machine by its own C++ compiler, and kept under ``LORCHESTRA_HOME``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from lorchestra.base.home import home
+from lorchestra.errors import UserError
+
+LANES = Path(__file__).with_name("lanes.h")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
+
+
+def library(source: Path) -> ctypes.CDLL:
+    """``source``, compiled.
+
+    Raises:
+        UserError: there is no compiler, or it fails.
+    """
+    return ctypes.CDLL(str(_built(source)))
+
+
+def _built(source: Path) -> Path:
+    """The shared library, compiled once for this source, compiler and processor."""
+    named = os.environ.get("CXX") or "c++"
+    compiler = shutil.which(named) or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise UserError(
+            "the compiled kernel needs a C++ compiler, and there is none (c++, g++, clang++, or what CXX names); "
+            "install one, or serve without --kernel"
+        )
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    texts = [path.read_text(encoding="utf-8") for path in (source, LANES)]
+    what = "\0".join((*texts, *FLAGS, version, platform.machine(), _processor()))
+    path = home() / "kernels" / f"{source.stem}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        made = Path(directory) / path.name
+        done = subprocess.run(
+            [compiler, *FLAGS, f"-I{LANES.parent}", str(source), "-o", str(made)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            said = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+            raise UserError(f"{compiler} could not compile the kernel ({said[0]}); serve without --kernel")
+        made.replace(path)
+    return path
+
+
+def _processor() -> str:
+    """What the library was compiled for: a cache that is shared by machines holds one for each kind."""
+    if sys.platform == "linux":
+        try:
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return ""
+        return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return platform.processor()

@@ -1,0 +1,178 @@
+// One query position of every row attends to the keys and values in its slot, read once and only as far as they go.
+//
+// A slot is [positions, 2, heads, width]: of a position its keys, then its values. A row's queries are
+// [heads, group, width], its answer too. Scores, weights and sums are float32, whatever is stored.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "lanes.h"
+
+namespace {
+
+constexpr int64_t LANES = 16;
+
+typedef float floats4 __attribute__((vector_size(16)));
+
+inline float total(floats16 value) {
+  floats8 halves[2];
+  std::memcpy(halves, &value, sizeof value);
+  const floats8 eight = halves[0] + halves[1];
+  floats4 quarters[2];
+  std::memcpy(quarters, &eight, sizeof eight);
+  const floats4 four = quarters[0] + quarters[1];
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// e^x for x <= 0 (Cody & Waite 1980: a power of two times a polynomial on [-ln 2 / 2, ln 2 / 2]), 2 units in the last place.
+inline floats16 exponential(floats16 x) {
+  typedef int32_t integers16 __attribute__((vector_size(64)));
+  x = x < -87.0f ? floats16{} - 87.0f : x;
+  const floats16 shift = floats16{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  const floats16 n = (x * 1.44269504f + shift) - shift;
+  const floats16 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  floats16 p = floats16{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const integers16 bits = (__builtin_convertvector(n, integers16) + 127) << 23;
+  floats16 scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return p * scale;
+}
+
+constexpr int64_t AHEAD = 8;  // positions: a slot is read with gaps, which processors do not foresee
+
+// Scores of G queries, V lanes wide each, with the keys of `count` positions that lie `step` apart.
+template <int G, int V, class X>
+void score(const X* q, const X* keys, int64_t step, int64_t count, float scale, float* scores, int64_t pitch) {
+  floats16 query[G][V], part;
+  for (int i = 0; i < G; ++i)
+    for (int j = 0; j < V; ++j) {
+      load(q + LANES * (i * V + j), &query[i][j]);
+      query[i][j] *= scale;
+    }
+  for (int64_t t = 0; t < count; ++t) {
+    const X* key = keys + t * step;
+    for (int64_t j = 0; j < static_cast<int64_t>(V * LANES * sizeof(X)); j += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(key + AHEAD * step) + j);
+    floats16 sum[G] = {};
+    for (int j = 0; j < V; ++j) {
+      load(key + LANES * j, &part);
+      for (int i = 0; i < G; ++i) sum[i] += part * query[i][j];
+    }
+    for (int i = 0; i < G; ++i) scores[i * pitch + t] = total(sum[i]);
+  }
+}
+
+// Sums of the values of `count` positions by G rows of weights.
+template <int G, int V, class X>
+void collect(const X* values, int64_t step, int64_t count, const float* weights, int64_t pitch, X* out) {
+  floats16 sum[G][V] = {}, part;
+  for (int64_t t = 0; t < count; ++t) {
+    const X* value = values + t * step;
+    for (int64_t j = 0; j < static_cast<int64_t>(V * LANES * sizeof(X)); j += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(value + AHEAD * step) + j);
+    for (int j = 0; j < V; ++j) {
+      load(value + LANES * j, &part);
+      for (int i = 0; i < G; ++i) sum[i][j] += part * weights[i * pitch + t];
+    }
+  }
+  for (int i = 0; i < G; ++i)
+    for (int j = 0; j < V; ++j) store(sum[i][j], out + LANES * (i * V + j));
+}
+
+// Scores to weights, in place; there is room for whole lanes.
+inline void softmax(float* scores, int64_t count) {
+  const int64_t padded = (count + LANES - 1) / LANES * LANES;
+  const float largest = *std::max_element(scores, scores + count);
+  for (int64_t t = count; t < padded; ++t) scores[t] = largest - 100.0f;  // e^-87 of the sum: nothing
+  floats16 sum = {}, value;
+  for (int64_t t = 0; t < padded; t += LANES) {
+    std::memcpy(&value, scores + t, sizeof value);
+    value = exponential(value - largest);
+    std::memcpy(scores + t, &value, sizeof value);
+    sum += value;
+  }
+  const float inverse = 1.0f / total(sum);  // a score that is no number makes the answer none, as it should
+  for (int64_t t = 0; t < count; ++t) scores[t] *= inverse;
+}
+
+template <int G, int V, class X>
+void attend_queries(const X* q, const X* keys, const X* values, int64_t step, int64_t count, float scale, X* out,
+                    std::vector<float>& room) {
+  const int64_t pitch = (count + LANES - 1) / LANES * LANES;
+  room.resize(G * pitch);
+  score<G, V>(q, keys, step, count, scale, room.data(), pitch);
+  for (int i = 0; i < G; ++i) softmax(room.data() + i * pitch, count);
+  collect<G, V>(values, step, count, room.data(), pitch, out);
+}
+
+// All queries of a group, as many at a time as registers hold.
+template <int V, class X>
+void attend_group(const X* q, const X* keys, const X* values, int64_t step, int64_t count, int64_t group, float scale,
+                  X* out, std::vector<float>& room) {
+  constexpr int MOST = V <= 4 ? 4 : V <= 8 ? 2 : 1;
+  const int64_t width = V * LANES;
+  while (group > 0) {
+    int64_t taken = std::min<int64_t>(group, MOST);
+    switch (taken) {
+      case 4: attend_queries<MOST, V>(q, keys, values, step, count, scale, out, room); break;
+      case 3: attend_queries<(MOST < 3 ? MOST : 3), V>(q, keys, values, step, count, scale, out, room); break;
+      case 2: attend_queries<(MOST < 2 ? MOST : 2), V>(q, keys, values, step, count, scale, out, room); break;
+      default: attend_queries<1, V>(q, keys, values, step, count, scale, out, room);
+    }
+    q += taken * width;
+    out += taken * width;
+    group -= taken;
+  }
+}
+
+template <class X>
+void attend(const X* q, int64_t q_pitch, const X* slots, int64_t slot_pitch, const int64_t* at, int64_t rows,
+            int64_t heads, int64_t group, int64_t width, float scale, int64_t window, X* out) {
+  const int64_t step = 2 * heads * width;
+#pragma omp parallel
+  {
+    std::vector<float> room;
+#pragma omp for schedule(dynamic) collapse(2)
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t head = 0; head < heads; ++head) {
+        const int64_t end = at[row] + 1, from = window > 0 ? std::max<int64_t>(0, end - window) : 0;
+        const X* keys = slots + row * slot_pitch + from * step + head * width;
+        const X* values = keys + heads * width;
+        const int64_t own = head * group * width, count = end - from;
+        const X* queries = q + row * q_pitch + own;
+        X* to = out + row * heads * group * width + own;
+        switch (width) {
+          case 16: attend_group<1>(queries, keys, values, step, count, group, scale, to, room); break;
+          case 32: attend_group<2>(queries, keys, values, step, count, group, scale, to, room); break;
+          case 64: attend_group<4>(queries, keys, values, step, count, group, scale, to, room); break;
+          case 80: attend_group<5>(queries, keys, values, step, count, group, scale, to, room); break;
+          case 96: attend_group<6>(queries, keys, values, step, count, group, scale, to, room); break;
+          case 128: attend_group<8>(queries, keys, values, step, count, group, scale, to, room); break;
+          case 256: attend_group<16>(queries, keys, values, step, count, group, scale, to, room); break;
+        }
+      }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void attend_float32(const float* q, int64_t q_pitch, const float* slots, int64_t slot_pitch, const int64_t* at,
+                    int64_t rows, int64_t heads, int64_t group, int64_t width, float scale, int64_t window, float* out) {
+  attend(q, q_pitch, slots, slot_pitch, at, rows, heads, group, width, scale, window, out);
+}
+
+void attend_bfloat16(const bf16* q, int64_t q_pitch, const bf16* slots, int64_t slot_pitch, const int64_t* at,
+                     int64_t rows, int64_t heads, int64_t group, int64_t width, float scale, int64_t window, bf16* out) {
+  attend(q, q_pitch, slots, slot_pitch, at, rows, heads, group, width, scale, window, out);
+}
+}
