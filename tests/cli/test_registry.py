@@ -15,6 +15,7 @@ import typer.main
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.lineage import Parent
 from lorchestra.cli.app import app
+from lorchestra.registry.manifest import Metric
 from lorchestra.registry.registry import Registry
 
 
@@ -180,6 +181,33 @@ def test_filters(filled, lorchestra):
     assert references("--alias", "production") == ["clinic@v1"]
     assert references("--since", "2999-01-01") == references("--state", "revoked") == []
     assert "no version is like that" in lorchestra("registry", "list", "--tag", "none").out
+
+
+def test_a_list_is_a_page_and_json_is_everything(registry, lorchestra, make_adapter, tmp_path, monkeypatch):
+    from lorchestra.cli import registry_view
+
+    monkeypatch.setattr(registry_view, "PAGE", 2)
+    for seed in range(5):
+        registry.push(make_adapter(tmp_path / f"p{seed}", seed), "a", metrics={"loss": Metric(value=seed, low=seed)})
+
+    def rows(*argv):
+        told = lorchestra("registry", "list", *argv)
+        return [line.split()[0] for line in told.out.splitlines()[1:]], told.err
+
+    assert rows() == (["a@v5", "a@v4"], "note: 1 to 2 of 5; --offset 2 goes on, --limit 0 shows all\n")
+    assert rows("--offset", 2)[0] == ["a@v3", "a@v2"]
+    assert rows("--offset", 4) == (["a@v1"], "")
+    assert rows("--limit", 0) == ([f"a@v{k}" for k in (5, 4, 3, 2, 1)], "")
+    assert rows("--limit", 5)[1] == "", "all of them are shown"
+    assert "none after the first 9" in lorchestra("registry", "list", "--offset", 9).out
+    told = json.loads(lorchestra("registry", "list", "--json").out)
+    assert [one["reference"] for one in told] == [f"a@v{k}" for k in (5, 4, 3, 2, 1)]
+    manifest = registry.resolve("a@v5").manifest
+    assert told[0]["metrics"] == {"loss": manifest.metrics["loss"].model_dump()}
+    assert (told[0]["digest"], told[0]["base_weights"]) == (manifest.digest, manifest.base.weights)
+    cut = lorchestra("registry", "list", "--json", "--limit", 1)
+    assert len(json.loads(cut.out)) == 1
+    assert "1 to 1 of 5" in cut.err
 
 
 # ---- what cannot be undone is asked first

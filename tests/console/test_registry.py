@@ -21,7 +21,7 @@ from lorchestra.registry.canary.observations import Tally, observe
 from lorchestra.registry.canary.plan import Plan
 from lorchestra.registry.manifest import digest_of
 from lorchestra.registry.sql.finding import Filter
-from lorchestra.registry.sql.schema import names, version_metrics, version_tags, versions
+from lorchestra.registry.sql.schema import manifests, names, version_metrics, version_tags, versions
 from lorchestra.registry.steering import hold, step
 
 HOUR = timedelta(hours=1)
@@ -411,23 +411,26 @@ def many(registry):
     """Rows as a push writes them, copied from one."""
     with registry.catalog.transaction() as held:
         row = held.execute(select(versions).where(versions.c.name == "clinic", versions.c.number == 1)).one()._asdict()
+        told = held.execute(select(manifests.c.text).where(manifests.c.version_id == row["id"])).scalar_one()
         metric = held.execute(select(version_metrics).limit(1)).one()._asdict()
-        made, tagged, measured, named = [], [], [], []
+        made, texts, tagged, measured, named = [], [], [], [], []
         for k in range(MANY):
             name, number, id = f"bulk-{k // EACH:03d}", k % EACH + 1, 1000 + k
-            text = row["manifest"].replace('"name":"clinic"', f'"name":"{name}"')
+            text = told.replace('"name":"clinic"', f'"name":"{name}"')
             text = text.replace('"number":1,', f'"number":{number},')
             changed = {
-                "id": id, "name": name, "number": number, "content": f"sha256:{k:064x}", "manifest": text,
+                "id": id, "name": name, "number": number, "content": f"sha256:{k:064x}",
                 "manifest_digest": digest_of(text.encode()),
             }  # fmt: skip
             made.append(row | changed)
+            texts.append({"version_id": id, "text": text})
             tagged.append({"version_id": id, "tag": "even" if k % 2 == 0 else "odd"})
             measured.append(metric | {"version_id": id, "value": k / MANY})
             if number == 1:
                 named.append({"name": name, "last": EACH})
         held.execute(insert(names), named)
         held.execute(insert(versions), made)
+        held.execute(insert(manifests), texts)
         held.execute(insert(version_tags), tagged)
         held.execute(insert(version_metrics), measured)
 

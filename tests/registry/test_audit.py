@@ -22,7 +22,7 @@ from lorchestra.errors import UserError
 from lorchestra.registry.mistakes import RegistryError
 from lorchestra.registry.registry import Registry
 from lorchestra.registry.sql.audit import Entry
-from lorchestra.registry.sql.schema import audit, metadata, versions
+from lorchestra.registry.sql.schema import audit, manifests, metadata, versions
 
 OUTSIDE = {"leases", "rollouts", "feedback", "served", "observations"}  # no part of the history
 TABLES = [table for table in metadata.sorted_tables if table.name not in OUTSIDE]
@@ -237,15 +237,15 @@ def test_a_version_that_nobody_pushed_is_found(lived):
 
 def test_a_manifest_that_was_changed_is_found_named_and_never_read(lived):
     with lived.catalog.engine.begin() as connection:
-        told = connection.execute(select(versions.c.manifest).where(versions.c.id == 1)).scalar_one()
-        connection.execute(update(versions).where(versions.c.id == 1).values(manifest=told.replace("first", "fir5t")))
+        told = connection.execute(select(manifests.c.text).where(manifests.c.version_id == 1)).scalar_one()
+        changed = told.replace("first", "fir5t")
+        connection.execute(update(manifests).where(manifests.c.version_id == 1).values(text=changed))
     assert ("manifest", "clinic@v1") in {(found.kind, found.subject) for found in lived.verify()}
     with pytest.raises(RegistryError, match="manifest of clinic@v1 is not what was written"):
         lived.resolve("clinic@v1")
     with lived.catalog.engine.begin() as connection:  # its digest too, and the columns: the log still knows better
-        changed = told.replace("first", "fir5t")
         digest = "sha256:" + hashlib.sha256(changed.encode()).hexdigest()
-        connection.execute(update(versions).where(versions.c.id == 1).values(manifest=changed, manifest_digest=digest))
+        connection.execute(update(versions).where(versions.c.id == 1).values(manifest_digest=digest))
     assert ("manifest", "clinic@v1") in {(found.kind, found.subject) for found in lived.verify()}
 
 
@@ -315,3 +315,16 @@ def test_where_removals_cannot_be_held_off_it_looks_all_the_same(lived):
     with lived.catalog.engine.begin() as connection:
         connection.execute(text("DROP TABLE leases"))
     assert lived.verify() == []
+
+
+def test_a_manifest_or_a_tag_that_is_gone_is_found_and_named(lived):
+    with lived.catalog.engine.begin() as connection:
+        connection.execute(manifests.delete().where(manifests.c.version_id == 1))
+        connection.execute(update(versions).where(versions.c.number == 2).values(tags="[no"))
+    found = {(one.kind, one.subject): one.what for one in lived.verify()}
+    assert found["manifest", "clinic@v1"] == "it is missing"
+    assert "column tags" in found["row", "clinic@v2"]
+    with pytest.raises(RegistryError, match="manifest of clinic@v1 is missing"):
+        lived.resolve("clinic@v1")
+    with pytest.raises(RegistryError, match="the tags of a version are not what was written"):
+        lived.summaries()

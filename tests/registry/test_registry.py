@@ -63,7 +63,7 @@ def test_a_full_name_is_a_name_a_version_and_tags(registry, make):
     assert (tuned.reference, tuned.manifest.tags) == ("legal_contract_review_dpo_tuned@v1", ["dpo_tuned", "good"])
     for text in ("medical_diagnosis_v2", "medical_diagnosis@v2", "medical_diagnosis_v2_20250315", "medical_diagnosis"):
         assert registry.resolve(text) == version, text
-    assert registry.promote("medical_diagnosis_v2").version == version
+    assert registry.promote("medical_diagnosis_v2").version == version.target
     assert registry.resolve("medical_diagnosis_20250315@production") == version
     with pytest.raises(UserError, match="names v2 and v3"):
         registry.resolve("medical_diagnosis_v2@v3")
@@ -198,6 +198,35 @@ def test_filters_are_those_of_a_list_comprehension(registry, make):
     for bad in ({"state": "lost"}, {"since": "yesterday"}):
         with pytest.raises(UserError):
             registry.versions(**bad)
+
+
+def test_a_list_reads_no_manifest(registry, make):
+    from sqlalchemy import event
+
+    for seed in (1, 2):
+        registry.push(make(seed, metrics={"loss": float(seed)}), "clinic", tags=["sft"], alias="production")
+    asked = []
+    event.listen(registry.catalog.engine, "before_cursor_execute", lambda *told: asked.append(told[2]))
+    lines = registry.summaries(tag="sft", metric="loss<=1.5", base="tiny", alias="", state="ready")
+    assert [line.reference for line in lines] == ["clinic@v1"]
+    assert registry.measured([line.id for line in registry.summaries()], "loss").keys() == {1, 3}
+    assert (registry.count("clinic"), registry.names(), len(registry.aliases())) == (2, ["clinic"], 1)
+    assert len(asked) > 5
+    assert [statement for statement in asked if "manifests" in statement] == []
+
+
+def test_what_was_measured_is_told_with_its_interval(registry, make):
+    loss = Metric(value=1.2, low=1.1, high=1.3, n=40, split="sealed", sealed="sha256:" + "e" * 64)
+    hits = Metric(value=0.5, better="higher")
+    version = registry.push(make(1, metrics={}), "clinic", metrics={"loss": loss, "hits": hits})
+    other = registry.push(make(2, metrics={}), "clinic")
+    found = registry.measured([version.id, other.id])
+    assert found.keys() == {version.id}
+    assert {name: values._asdict() for name, values in found[version.id].items()} == {
+        "loss": loss.model_dump(), "hits": hits.model_dump()
+    }  # fmt: skip
+    assert registry.measured([version.id], "hits")[version.id].keys() == {"hits"}
+    assert registry.measured([], "hits") == {}
 
 
 def test_a_line_of_a_list_tells_what_the_manifest_tells(registry, make):

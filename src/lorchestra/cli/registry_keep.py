@@ -43,7 +43,7 @@ def verify(
             for finding in findings:
                 typer.echo(str(finding))
             if not findings:
-                known = counted(len(held.summaries()), "version")
+                known = counted(held.count(), "version")
                 typer.echo(f"{known}, {counted(held.generation(), 'line')} of history: all as it was written")
     if findings:
         typer.echo(f"{counted(len(findings), 'finding')}; a backup has what is damaged whole", err=True)

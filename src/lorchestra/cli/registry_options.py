@@ -17,7 +17,7 @@ from lorchestra.errors import LorchestraError, UserError, counted
 if TYPE_CHECKING:
     from lorchestra.registry.manifest import Metric
     from lorchestra.registry.registry import Registry
-    from lorchestra.registry.sql.catalog import Version
+    from lorchestra.registry.sql.catalog import Measured, Version
 
 VARIABLE = "LORCHESTRA_REGISTRY"
 MANY = 200  # words that Tab offers at most
@@ -54,7 +54,7 @@ def references(ctx: typer.Context, incomplete: str) -> list[str]:
         if not sign:
             return registry.names()
         found = [f"{name}@{a.alias}" for a in registry.aliases(name)]
-        return found + [version.manifest.reference for version in registry.versions(name)]
+        return found + [line.reference for line in registry.summaries(name, limit=MANY)]
 
     return _asked(ctx, make, incomplete)
 
@@ -135,7 +135,7 @@ def aliases_of(registry: Registry, name: str = "") -> dict[int, list[str]]:
     return found
 
 
-def metric(value: Metric) -> str:
+def metric(value: Metric | Measured) -> str:
     """``1.21 [1.18, 1.24]``."""
     interval = "" if value.low is None or value.high is None else f" [{value.low:.4g}, {value.high:.4g}]"
     return f"{value.value:.4g}{interval}"

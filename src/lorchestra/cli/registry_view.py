@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,9 +15,11 @@ from lorchestra.cli.registry_options import Ref, Where, aliases_of, metric, name
 from lorchestra.errors import counted
 
 if TYPE_CHECKING:
-    from lorchestra.registry.manifest import Manifest, Metric, ParentEntry
-    from lorchestra.registry.sql.catalog import Summary, Version
+    from lorchestra.registry.manifest import Manifest, ParentEntry
+    from lorchestra.registry.reader import Filters
+    from lorchestra.registry.sql.catalog import Measured, Summary, Version
 
+PAGE = 50  # rows of a table, unless asked otherwise
 Name = Annotated[str, typer.Argument(metavar="[NAME]", help="Of one adapter alone.", autocompletion=names)]
 
 
@@ -33,11 +35,14 @@ def list_versions(
     measured: Annotated[
         str, typer.Option("--metric", metavar="TEXT", help="loss, or loss<=1.2; it gets a column.")
     ] = "",
-    limit: Annotated[int, typer.Option("--limit", min=0, help="The newest so many; 0: all.")] = 0,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=0, help="So many at most; 0: all. A table has 50, JSON has all.")
+    ] = None,
+    offset: Annotated[int, typer.Option("--offset", min=0, help="Leave out the newest so many.")] = 0,
     registry: Where = "",
     as_json: Json = False,
 ) -> None:
-    """The versions, newest first, with their aliases.
+    """The versions, newest first, with their aliases. `show REF` tells all of one.
 
     **Examples**
 
@@ -48,27 +53,39 @@ def list_versions(
     `lorchestra registry list --alias production --json`
     """
     column = re.split("[<>]", measured)[0].strip()
+    wanted: Filters = {"base": base, "tag": tag, "metric": measured, "state": state, "alias": alias, "since": since}
+    most = limit if limit is not None else 0 if as_json else PAGE
     with opened(registry) as held:
-        whole: list[Version] = []
-        if as_json or column:
-            whole = held.versions(
-                name, base=base, tag=tag, metric=measured, state=state, alias=alias, since=since, limit=limit
-            )
-        if as_json:
-            pointing = aliases_of(held, name)
-            printed([told(version, pointing.get(version.id, [])) for version in whole])
-            return
-        lines = held.summaries(
-            name, base=base, tag=tag, metric=measured, state=state, alias=alias, since=since, limit=limit
-        )
-    values = {one.id: one.manifest.metrics[column] for one in whole if column in one.manifest.metrics}
-    if lines:
-        _table(lines, column, values)
+        lines = held.summaries(name, limit=most, offset=offset, **wanted)
+        metrics = held.measured([line.id for line in lines], "" if as_json else column) if as_json or column else {}
+        there = offset + len(lines)
+        if most and len(lines) in (0, most):
+            there = held.count(name, **wanted)
+    if as_json:
+        printed([_line(line, metrics.get(line.id, {})) for line in lines])
+    elif lines:
+        _table(lines, column, {id: values[column] for id, values in metrics.items()})
+    elif there:
+        typer.echo(f"there are {counted(there, 'version')} like that, and none after the first {offset:,}")
     else:
-        typer.echo("no version is like that" if any((name, base, tag, measured, state, alias, since)) else "empty")
+        typer.echo("no version is like that" if any((name, *wanted.values())) else "empty")
+    if lines and there > offset + len(lines):
+        typer.echo(
+            f"note: {offset + 1:,} to {offset + len(lines):,} of {there:,}; --offset {offset + len(lines)} goes on, "
+            "--limit 0 shows all",
+            err=True,
+        )
 
 
-def _table(lines: Sequence[Summary], column: str, values: Mapping[int, Metric]) -> None:
+def _line(line: Summary, metrics: Mapping[str, Measured]) -> dict[str, Any]:
+    return {
+        "reference": line.reference,
+        **line._asdict(),
+        "metrics": {name: values._asdict() for name, values in sorted(metrics.items())},
+    }
+
+
+def _table(lines: Sequence[Summary], column: str, values: Mapping[int, Measured]) -> None:
     from rich.table import Table
 
     from lorchestra.cli.terminal import console

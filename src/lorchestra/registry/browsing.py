@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, Connection, exists, func, or_, select
 from lorchestra.registry.canary.watching import Status, all_canaries, last_canary_of, looked
 from lorchestra.registry.sql.audit import Entry, entry_of
 from lorchestra.registry.sql.catalog import Version
-from lorchestra.registry.sql.finding import WHOLE, Filter, version_of
+from lorchestra.registry.sql.finding import Filter, version_of, whole_of
 from lorchestra.registry.sql.schema import aliases, audit, rollouts, version_tags, versions
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def versions_in(registry: Registry, wanted: Filter, text: str = "", *, limit: in
         DamagedError: a manifest is not what was written.
     """
     conditions = _conditions(wanted, text)
-    query = select(*WHOLE).where(*conditions).order_by(versions.c.id.desc()).limit(_size(limit)).offset(offset)
+    query = whole_of().where(*conditions).order_by(versions.c.id.desc()).limit(_size(limit)).offset(offset)
     with registry.catalog.reading() as connection:
         found = [version_of(row) for row in connection.execute(query)]
         total = connection.execute(select(func.count()).select_from(versions).where(*conditions)).scalar_one()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,10 +14,11 @@ from lorchestra.registry.mistakes import RevokedError, TakenError
 from lorchestra.registry.reference import Reference
 from lorchestra.registry.sql.audit import MOVES, Entry, entry_of
 from lorchestra.registry.sql.catalog import AliasState, Revocation, Transaction, Version
-from lorchestra.registry.sql.finding import WHOLE, alias_states, version_of
+from lorchestra.registry.sql.finding import alias_states, version_of, whole_of
 from lorchestra.registry.sql.schema import (
     aliases,
     audit,
+    manifests,
     names,
     rollouts,
     version_files,
@@ -35,8 +37,7 @@ def next_number(held: Transaction, name: str) -> int:
 
 def same_content(held: Transaction, name: str, content: str) -> Version | None:
     """The version of ``name`` that has these very files."""
-    query = select(*WHOLE).where(versions.c.name == name, versions.c.content == content)
-    row = held.execute(query).first()
+    row = held.execute(whole_of().where(versions.c.name == name, versions.c.content == content)).first()
     return None if row is None else version_of(row)
 
 
@@ -63,6 +64,7 @@ def enter(
     elif manifest.number > last:
         held.execute(names.update().where(names.c.name == manifest.name).values(last=manifest.number))
     held.execute(versions.insert(), version_row(manifest, entry.id))
+    held.execute(manifests.insert(), {"version_id": entry.id, "text": manifest.canonical().decode()})
     for table, rows in beside(manifest, entry.id).items():
         if rows:
             held.execute(table.insert(), rows)
@@ -76,19 +78,18 @@ def fingerprint(manifest: Manifest) -> dict[str, str]:
 
 def version_row(manifest: Manifest, number: int) -> dict[str, Any]:
     """The row of a new version with the id ``number``."""
-    text = manifest.canonical()
     return {
         "id": number,
         "name": manifest.name,
         "number": manifest.number,
         "digest": manifest.digest,
         "content": manifest.content,
-        "manifest": text.decode(),
         "manifest_digest": manifest.manifest_digest,
         "base_name": manifest.base.name,
         "base_weights": manifest.base.weights,
         "made_by": manifest.made_by,
         "task": manifest.task,
+        "tags": json.dumps(manifest.tags, ensure_ascii=False),
         "rank": max(manifest.ranks.values(), default=0),
         "parameters": manifest.parameters,
         "bytes": sum(entry.size for entry in manifest.files.values()),
@@ -119,7 +120,7 @@ def beside(manifest: Manifest, number: int) -> dict[Any, list[dict[str, Any]]]:
         ],
         version_tags: [{"version_id": number, "tag": tag} for tag in manifest.tags],
         version_metrics: [
-            {"version_id": number, "name": name, "value": metric.value} for name, metric in manifest.metrics.items()
+            {"version_id": number, "name": name, **metric.model_dump()} for name, metric in manifest.metrics.items()
         ],
     }  # fmt: skip
 
@@ -128,6 +129,13 @@ def alias_of(held: Transaction, name: str, alias: str) -> AliasState | None:
     """Where ``name@alias`` leads; ``None`` for nowhere."""
     found = alias_states(held.connection, name, alias)
     return found[0] if found else None
+
+
+def led_to(held: Transaction, name: str, alias: str) -> Version | None:
+    """The version that ``name@alias`` leads to, with its manifest; ``None`` for nowhere."""
+    query = whole_of().join(aliases, aliases.c.version_id == versions.c.id)
+    row = held.execute(query.where(aliases.c.name == name, aliases.c.alias == alias)).first()
+    return None if row is None else version_of(row)
 
 
 def move(
@@ -162,7 +170,7 @@ def move(
         held.execute(aliases.insert(), {"name": name, "alias": alias, **row})
     else:
         held.execute(aliases.update().where(aliases.c.name == name, aliases.c.alias == alias).values(row))
-    return AliasState(name, alias, version, held.at, held.actor, entry.id)
+    return AliasState(name, alias, version.target, held.at, held.actor, entry.id)
 
 
 def drop_alias(held: Transaction, name: str, alias: str, why: str) -> None:

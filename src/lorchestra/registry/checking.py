@@ -28,6 +28,7 @@ from lorchestra.registry.sql.schema import (
     aliases,
     audit,
     derivations,
+    manifests,
     meta,
     names,
     rollouts,
@@ -180,7 +181,8 @@ class _Look:
     def _versions(self, connection: Connection, state: State) -> None:
         rows = {table: _by_version(connection, table) for table in _BESIDE}
         seen = set()
-        for row in connection.execute(select(versions).order_by(versions.c.id)):
+        whole = select(versions, manifests.c.text).outerjoin(manifests).order_by(versions.c.id)
+        for row in connection.execute(whole):
             reference = f"{row.name}@v{row.number}"
             seen.add(reference)
             with self.part(reference):
@@ -190,12 +192,18 @@ class _Look:
         for table, left in rows.items():
             for version in left:
                 self.say("row", f"{table.name} of version {version}", "there is no such version")
+        stray = select(manifests.c.version_id).where(manifests.c.version_id.not_in(select(versions.c.id)))
+        for version in connection.execute(stray).scalars():
+            self.say("row", f"manifest of version {version}", "there is no such version")
 
     def _version(self, row: Mapping[Any, Any], reference: str, near: Mapping[Table, list[Any]], state: State) -> None:
         logged = state.versions.get(reference)
         if logged is None:
             self.say("row", reference, "the audit log does not tell of it")
-        bare = row["manifest"].encode("utf-8", "surrogatepass")
+        if row["text"] is None:
+            self.say("manifest", reference, "it is missing")
+            return
+        bare = row["text"].encode("utf-8", "surrogatepass")
         digest = digest_of(bare)
         if digest != row["manifest_digest"] or (logged and digest != logged.told.get("manifest")):
             self.say("manifest", reference, "it, or its digest, is not what was written")
@@ -211,7 +219,7 @@ class _Look:
         own = version_row(manifest, row["id"])
         expected = {**own, **(logged.state if logged else {key: row[key] for key in _MUTABLE})}
         for column, value in expected.items():
-            if row[column] != value and column not in ("manifest", "manifest_digest"):
+            if row[column] != value and column != "manifest_digest":
                 self.say("row", reference, f"column {column} holds {_short(row[column])}, it should be {_short(value)}")
         for table, wanted in beside(manifest, row["id"]).items():
             if _sorted(near[table]) != _sorted(wanted):

@@ -247,12 +247,10 @@ def _climb(
 def _held(
     connection: Connection, where: Callable[[list[str]], ColumnElement[bool]], digests: list[str]
 ) -> Iterator[Version]:
-    from sqlalchemy import select
-
-    from lorchestra.registry.sql.finding import WHOLE, version_of
+    from lorchestra.registry.sql.finding import version_of, whole_of
 
     for start in range(0, len(digests), AT_ONCE):
-        query = select(*WHOLE).where(where(digests[start : start + AT_ONCE]))
+        query = whole_of().where(where(digests[start : start + AT_ONCE]))
         yield from [version_of(row) for row in connection.execute(query)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
@@ -10,7 +10,7 @@ from lorchestra.registry.location import Location
 from lorchestra.registry.naming import meant
 from lorchestra.registry.reference import Reference, parse_reference
 from lorchestra.registry.sql.audit import Entry
-from lorchestra.registry.sql.catalog import AliasState, Catalog, Summary, Version
+from lorchestra.registry.sql.catalog import AliasState, Catalog, Measured, Summary, Version
 
 if TYPE_CHECKING:
     from lorchestra.adapter.lineage import BaseId
@@ -99,6 +99,24 @@ class Reader:
 
         with self.catalog.reading() as connection:
             return summaries(connection, Filter(name, **wanted), limit, offset)
+
+    def count(self, name: str = "", **wanted: Unpack[Filters]) -> int:
+        """How many :meth:`versions` there are.
+
+        Raises:
+            UserError: a filter that is none.
+        """
+        from lorchestra.registry.sql.finding import Filter, count
+
+        with self.catalog.reading() as connection:
+            return count(connection, Filter(name, **wanted))
+
+    def measured(self, ids: Sequence[int], name: str = "") -> dict[int, dict[str, Measured]]:
+        """Id → name → metric, of those versions that have any: of ``name`` alone if it is given."""
+        from lorchestra.registry.sql.finding import measured
+
+        with self.catalog.reading() as connection:
+            return measured(connection, ids, name)
 
     def by_ids(self, ids: Iterable[int]) -> dict[int, Version]:
         """Id → version, of those that are there."""

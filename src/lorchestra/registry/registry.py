@@ -179,7 +179,7 @@ class Registry(Reader):
             UserError: a gate that makes no sense for its metric, or ``force`` without a reason.
             UnknownReferenceError, RevokedError: as :meth:`alias`.
         """
-        from lorchestra.registry.changing import alias_of, check_alias, move
+        from lorchestra.registry.changing import check_alias, led_to, move
         from lorchestra.registry.gates import check_gates, refuse
 
         if force and not why.strip():
@@ -187,8 +187,8 @@ class Registry(Reader):
         with self.catalog.transaction() as held:
             version = _ready(held, reference)
             check_alias(version.manifest.name, alias)
-            before = alias_of(held, version.manifest.name, alias)
-            outcomes = check_gates(gates, version.manifest, before.version.manifest if before else None)
+            before = led_to(held, version.manifest.name, alias)
+            outcomes = check_gates(gates, version.manifest, before.manifest if before else None)
             if not force:
                 refuse(outcomes, version.manifest, alias)
             told: dict[str, Any] = {"gates": [outcome.as_dict() for outcome in outcomes]} if outcomes else {}

@@ -33,7 +33,7 @@ from lorchestra.registry.canary.watching import (
     last_canary_of,
     looked,
 )
-from lorchestra.registry.changing import alias_of, check_alias, move
+from lorchestra.registry.changing import alias_of, check_alias, led_to, move
 from lorchestra.registry.mistakes import RevokedError
 from lorchestra.registry.reference import Reference, parse_reference
 from lorchestra.registry.sql.catalog import PRODUCTION, AliasState, Transaction, Version
@@ -98,7 +98,7 @@ def start(
                 f"abort it first (`lorchestra registry canary status {there}`)"
             )
         version = resolved(held.connection, reference)
-        stable = _stable(name, alias, version, alias_of(held, name, alias))
+        stable = _stable(name, alias, version, led_to(held, name, alias))
         made = {"plan": plan.to_json(), "guards": guards.to_json(), "salt": salt or secrets.token_hex(16)}
         row = {
             "name": name, "alias": alias, "stable_version": stable.id, "candidate_version": version.id, **made,
@@ -264,16 +264,15 @@ def _told(seen: Status) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _stable(name: str, alias: str, version: Version, there: AliasState | None) -> Version:
+def _stable(name: str, alias: str, version: Version, stable: Version | None) -> Version:
     """The version that ``version`` may be tried against."""
     if version.manifest.name != name:
         raise UserError(f"{version.reference} is no version of {name}; a canary of {name}@{alias} tries one of its own")
-    if there is None:
+    if stable is None:
         raise UserError(
             f"{name}@{alias} leads nowhere, so there is nothing to try {version.reference} against; "
             f"`lorchestra registry promote {version.reference} --to {alias}` lets it lead there"
         )
-    stable = there.version
     if stable.id == version.id:
         raise UserError(f"{name}@{alias} leads to {version.reference} already; a canary tries another version")
     for one in (version, stable):

@@ -57,6 +57,26 @@ class Version:
         """``clinic@v2``."""
         return self.manifest.reference
 
+    @property
+    def target(self) -> Target:
+        """What tells it from others, and how it is."""
+        return Target(self.id, self.manifest.name, self.manifest.number, self.manifest.digest, self.state)
+
+
+class Target(NamedTuple):
+    """A version that something leads to, without its manifest."""
+
+    id: int
+    name: str
+    number: int
+    digest: str
+    state: str
+
+    @property
+    def reference(self) -> str:
+        """``clinic@v2``."""
+        return f"{self.name}@v{self.number}"
+
 
 @dataclass(frozen=True)
 class AliasState:
@@ -73,14 +93,26 @@ class AliasState:
 
     name: str
     alias: str
-    version: Version
+    version: Target
     since: str
     by: str
     generation: int
 
 
+class Measured(NamedTuple):
+    """A metric of a version, as :class:`lorchestra.registry.manifest.Metric` says."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int | None
+    better: str
+    split: str
+    sealed: str
+
+
 class Summary(NamedTuple):
-    """A version without its manifest: what a list shows. Ten thousand of them are read in no time."""
+    """A version without its manifest: what a list shows."""
 
     id: int
     name: str

@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Select, exists, select
+from sqlalchemy import ColumnElement, Connection, Select, exists, func, select
 
 from lorchestra.errors import UserError
 from lorchestra.registry.gates import OPERATORS, parse_threshold
 from lorchestra.registry.manifest import Manifest, digest_of
 from lorchestra.registry.mistakes import DamagedError, UnknownReferenceError
 from lorchestra.registry.reference import Reference
-from lorchestra.registry.sql.catalog import PRODUCTION, AliasState, Revocation, Summary, Version
-from lorchestra.registry.sql.schema import aliases, names, version_metrics, version_tags, versions
+from lorchestra.registry.sql.catalog import (
+    PRODUCTION,
+    AliasState,
+    Measured,
+    Revocation,
+    Summary,
+    Target,
+    Version,
+)
+from lorchestra.registry.sql.schema import aliases, manifests, names, version_metrics, version_tags, versions
 
 _SHOWN = 5  # nearest names in a message
-_FEW = 500  # versions that are asked for one by one
-WHOLE = (
+_FEW = 500  # versions that are asked for one by one; of more, a whole span of ids is read
+_WHOLE = (
     versions.c.id,
     versions.c.name,
     versions.c.number,
-    versions.c.manifest,
     versions.c.manifest_digest,
     versions.c.state,
     versions.c.revoked_at,
     versions.c.revoked_by,
     versions.c.revoked_why,
+    manifests.c.text,
 )
 _LINE = tuple(versions.c[field] for field in Summary._fields if field not in ("aliases", "tags"))
+_TARGET = tuple(versions.c[field] for field in Target._fields)
+_MEASURED = tuple(version_metrics.c[field] for field in Measured._fields)
 
 
 class Filter(NamedTuple):
@@ -93,30 +105,47 @@ class Filter(NamedTuple):
         return versions.c.id.in_(having)
 
 
+def whole_of() -> Select[Any]:
+    """A query for versions with their manifests: rows for :func:`version_of`."""
+    return select(*_WHOLE).outerjoin(manifests, manifests.c.version_id == versions.c.id)
+
+
 def whole(connection: Connection, wanted: Filter, limit: int = 0) -> list[Version]:
     """Versions with their manifests, the newest first."""
-    query = select(*WHOLE).where(*wanted.conditions()).order_by(versions.c.id.desc())
+    query = whole_of().where(*wanted.conditions()).order_by(versions.c.id.desc())
     return [version_of(row) for row in connection.execute(query.limit(limit) if limit else query)]
 
 
 def summaries(connection: Connection, wanted: Filter, limit: int = 0, offset: int = 0) -> list[Summary]:
-    """Lines of a list, the newest first, in three queries however many they are."""
-    conditions = wanted.conditions()
-    query = select(*_LINE).where(*conditions).order_by(versions.c.id.desc())
-    if limit:
-        query = query.limit(limit).offset(offset)
-    rows = connection.execute(query).all()
-    if not rows:
-        return []
-    if len(rows) <= _FEW:
-        ids = [row[0] for row in rows]
-        pointing, tagged = aliases.c.version_id.in_(ids), version_tags.c.version_id.in_(ids)
-    else:
-        span = (rows[-1][0], rows[0][0])
-        pointing, tagged = aliases.c.version_id.between(*span), version_tags.c.version_id.between(*span)
-    words = _grouped(connection, select(aliases.c.version_id, aliases.c.alias).where(pointing).order_by("alias"))
-    tags = _grouped(connection, select(version_tags.c.version_id, version_tags.c.tag).where(tagged).order_by("tag"))
-    return [Summary._make((*row, words.get(row[0], ()), tags.get(row[0], ()))) for row in rows]
+    """Lines of a list, the newest first, in two queries however many they are.
+
+    Raises:
+        DamagedError: a line cannot be read.
+    """
+    query = select(*_LINE, versions.c.tags).where(*wanted.conditions()).order_by(versions.c.id.desc())
+    rows = connection.execute(query.limit(limit or None).offset(offset)).all()
+    here = _among(aliases.c.version_id, [row[0] for row in rows])
+    pointing = select(aliases.c.version_id, aliases.c.alias).where(here)
+    words: dict[int, tuple[str, ...]] = {}
+    for id, word in connection.execute(pointing.order_by(aliases.c.alias)):
+        words[id] = (*words.get(id, ()), word)
+    read = cache(_tags)  # few are different
+    return [Summary._make((*row[:-1], words.get(row[0], ()), read(row[-1]))) for row in rows]
+
+
+def count(connection: Connection, wanted: Filter) -> int:
+    """How many versions there are."""
+    return int(connection.execute(select(func.count()).select_from(versions).where(*wanted.conditions())).scalar_one())
+
+
+def measured(connection: Connection, ids: Sequence[int], name: str = "") -> dict[int, dict[str, Measured]]:
+    """Id → name → metric, of those versions that have any: of ``name`` alone if it is given."""
+    column = version_metrics.c
+    query = select(column.version_id, column.name, *_MEASURED).where(_among(column.version_id, ids))
+    found: dict[int, dict[str, Measured]] = {}
+    for id, metric, *values in connection.execute(query.where(column.name == name) if name else query):
+        found.setdefault(id, {})[metric] = Measured(*values)
+    return found
 
 
 def resolved(connection: Connection, reference: Reference) -> Version:
@@ -137,51 +166,52 @@ def resolved(connection: Connection, reference: Reference) -> Version:
 
 def alias_states(connection: Connection, name: str = "", alias: str = "") -> list[AliasState]:
     """Aliases with the versions that they lead to, by name and word."""
-    query = select(aliases.c.name.label("of"), *[aliases.c[c] for c in ("alias", "since", "by", "generation")], *WHOLE)
+    query = select(*[aliases.c[c] for c in ("name", "alias", "since", "by", "generation")], *_TARGET)
     query = query.join(versions, versions.c.id == aliases.c.version_id).order_by(aliases.c.name, aliases.c.alias)
     if name:
         query = query.where(aliases.c.name == name)
     if alias:
         query = query.where(aliases.c.alias == alias)
     return [
-        AliasState(row.of, row.alias, version_of(row), row.since, row.by, row.generation)
-        for row in connection.execute(query)
+        AliasState(of, word, Target(*target), since, by, generation)
+        for of, word, since, by, generation, *target in connection.execute(query)
     ]
 
 
 def by_ids(connection: Connection, ids: Iterable[int]) -> dict[int, Version]:
     """Id → version, of those that are there."""
-    query = select(*WHOLE).where(versions.c.id.in_(list(ids)))
+    query = whole_of().where(versions.c.id.in_(list(ids)))
     return {row.id: version_of(row) for row in connection.execute(query)}
 
 
 def version_of(row: Any) -> Version:
-    """A row of :data:`WHOLE` as a value, its manifest held to its digest.
+    """A row of :func:`whole_of` as a value, its manifest held to its digest.
 
     Raises:
-        DamagedError: the manifest is not what was written.
+        DamagedError: the manifest is missing, or not what was written.
     """
     reference = f"{row.name}@v{row.number}"
-    if digest_of(row.manifest.encode("utf-8", "surrogatepass")) != row.manifest_digest:
+    if row.text is None or digest_of(row.text.encode("utf-8", "surrogatepass")) != row.manifest_digest:
+        what = "is missing" if row.text is None else "is not what was written (its digest differs)"
         raise DamagedError(
-            f"the manifest of {reference} is not what was written (its digest differs); `lorchestra registry verify` "
-            "tells what else is, and a backup has it whole",
+            f"the manifest of {reference} {what}; `lorchestra registry verify` tells what else is, and a backup has it "
+            "whole",
             reference,
         )
-    manifest = Manifest.parse(row.manifest)
+    manifest = Manifest.parse(row.text)
     revoked = Revocation(row.revoked_at, row.revoked_by, row.revoked_why) if row.state == "revoked" else None
     return Version(manifest, row.id, row.state, revoked)
 
 
 def _selecting(reference: Reference) -> Any:
-    query = select(*WHOLE).where(versions.c.name == reference.name)
+    query = whole_of().where(versions.c.name == reference.name)
     if reference.version is not None:
         return query.where(versions.c.number == reference.version)
     if reference.digest:
         ready_first = (versions.c.state == "ready").desc(), versions.c.number.desc()
         return query.where(_begins(versions.c.digest, reference.digest)).order_by(*ready_first).limit(1)
     return (
-        select(*WHOLE)
+        whole_of()
         .join(aliases, aliases.c.version_id == versions.c.id)
         .where(aliases.c.name == reference.name, aliases.c.alias == reference.alias)
     )
@@ -191,7 +221,7 @@ def _of_name(connection: Connection, reference: Reference) -> Any:
     row = connection.execute(_selecting(Reference(reference.name, PRODUCTION))).first()
     if row is not None:
         return row
-    latest = select(*WHOLE).where(versions.c.name == reference.name, versions.c.state == "ready")
+    latest = whole_of().where(versions.c.name == reference.name, versions.c.state == "ready")
     return connection.execute(latest.order_by(versions.c.number.desc()).limit(1)).first()
 
 
@@ -233,11 +263,20 @@ def _begins(column: ColumnElement[str], prefix: str) -> ColumnElement[bool]:
     return (column >= prefix) & (column < prefix + "g")
 
 
-def _grouped(connection: Connection, query: Select[Any]) -> dict[int, tuple[str, ...]]:
-    found: dict[int, list[str]] = {}
-    for key, word in connection.execute(query):
-        found.setdefault(key, []).append(word)
-    return {key: tuple(words) for key, words in found.items()}
+def _among(column: ColumnElement[int], ids: Sequence[int]) -> ColumnElement[bool]:
+    """Those of ``ids``; of many, all between the smallest and the largest, which costs one look into the index."""
+    return column.in_(ids) if len(ids) <= _FEW else column.between(min(ids), max(ids))
+
+
+def _tags(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(map(str, json.loads(text)))
+    except (ValueError, TypeError):
+        raise DamagedError(
+            f"the tags of a version are not what was written ({text[:40]!r}); `lorchestra registry verify` names it, "
+            "and a backup has it whole",
+            "tags",
+        ) from None
 
 
 def _time(text: str) -> str:

@@ -1,7 +1,8 @@
 """The catalog's tables. What changes here needs a migration in ``migrations/versions``, and a new ``REVISION``.
 
-A version's manifest is one text column, canonical and hashed. The other columns and the tables beside it repeat parts
-of it, so that one query finds versions by them; ``verify`` holds them to the manifest. Ids of versions, accepts and
+A version's manifest is one text, canonical and hashed, in a table of its own: it has a line for every module, and who
+lists versions reads none of it. The columns of ``versions`` and the tables beside it repeat parts of the manifest, so
+that versions are found and listed by them; ``verify`` holds them to the manifest. Ids of versions, accepts and
 derivations are the ids of the audit entries that tell of them: they are never used twice, and need no sequence.
 """
 
@@ -68,6 +69,7 @@ versions = Table(
     _text("base_weights"),
     _text("made_by"),
     _text("task"),
+    _text("tags"),  # sorted, as canonical JSON: what a list shows; ``version_tags`` is what finds them
     Column("rank", Integer, nullable=False),  # the largest
     Column("parameters", BigInteger, nullable=False),
     Column("bytes", BigInteger, nullable=False),
@@ -77,13 +79,19 @@ versions = Table(
     Column("revoked_at", Text),
     Column("revoked_by", Text),
     Column("revoked_why", Text),
-    _text("manifest"),  # the last: SQLite reads past what is long, page by page, to reach what comes after it
     UniqueConstraint("name", "number"),
     UniqueConstraint("name", "content"),
     Index(None, "digest"),
     Index(None, "base_name"),
     Index(None, "base_weights"),
     Index(None, "created"),
+)
+
+manifests = Table(
+    "manifests",
+    metadata,
+    Column("version_id", Integer, ForeignKey("versions.id", ondelete="CASCADE"), primary_key=True, autoincrement=False),
+    _text("text"),  # canonical; ``versions.manifest_digest`` is of it
 )
 
 version_files = Table(
@@ -122,6 +130,12 @@ version_metrics = Table(
     Column("version_id", Integer, ForeignKey("versions.id", ondelete="CASCADE"), primary_key=True),
     Column("name", Text, primary_key=True),
     Column("value", Float(53), nullable=False),
+    Column("low", Float(53)),
+    Column("high", Float(53)),
+    Column("n", BigInteger),
+    _text("better"),
+    _text("split"),
+    _text("sealed"),
     Index(None, "name", "value"),
 )
 

@@ -177,6 +177,7 @@ def upgrade() -> None:
         sa.Column("base_weights", sa.Text(), nullable=False),
         sa.Column("made_by", sa.Text(), nullable=False),
         sa.Column("task", sa.Text(), nullable=False),
+        sa.Column("tags", sa.Text(), nullable=False),
         sa.Column("rank", sa.Integer(), nullable=False),
         sa.Column("parameters", sa.BigInteger(), nullable=False),
         sa.Column("bytes", sa.BigInteger(), nullable=False),
@@ -186,7 +187,6 @@ def upgrade() -> None:
         sa.Column("revoked_at", sa.Text(), nullable=True),
         sa.Column("revoked_by", sa.Text(), nullable=True),
         sa.Column("revoked_why", sa.Text(), nullable=True),
-        sa.Column("manifest", sa.Text(), nullable=False),
         sa.ForeignKeyConstraint(["name"], ["names.name"], name=op.f("fk_versions_name")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_versions")),
         sa.UniqueConstraint("name", "content", name=op.f("uq_versions_name_content")),
@@ -209,6 +209,15 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("name", "alias", name=op.f("pk_aliases")),
     )
     op.create_index(op.f("ix_aliases_version_id"), "aliases", ["version_id"], unique=False)
+    op.create_table(
+        "manifests",
+        sa.Column("version_id", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("text", sa.Text(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["version_id"], ["versions.id"], name=op.f("fk_manifests_version_id"), ondelete="CASCADE"
+        ),
+        sa.PrimaryKeyConstraint("version_id", name=op.f("pk_manifests")),
+    )
     op.create_table(
         "observations",
         sa.Column("rollout_id", sa.Integer(), autoincrement=False, nullable=False),
@@ -245,6 +254,12 @@ def upgrade() -> None:
         sa.Column("version_id", sa.Integer(), nullable=False),
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("value", sa.Float(precision=53), nullable=False),
+        sa.Column("low", sa.Float(precision=53), nullable=True),
+        sa.Column("high", sa.Float(precision=53), nullable=True),
+        sa.Column("n", sa.BigInteger(), nullable=True),
+        sa.Column("better", sa.Text(), nullable=False),
+        sa.Column("split", sa.Text(), nullable=False),
+        sa.Column("sealed", sa.Text(), nullable=False),
         sa.ForeignKeyConstraint(
             ["version_id"], ["versions.id"], name=op.f("fk_version_metrics_version_id"), ondelete="CASCADE"
         ),
