@@ -210,6 +210,24 @@ def test_a_list_is_a_page_and_json_is_everything(registry, lorchestra, make_adap
     assert "1 to 1 of 5" in cut.err
 
 
+def test_what_would_puzzle_a_newcomer_is_said(registry, lorchestra, make_adapter, tmp_path):
+    make_adapter(tmp_path / "runs" / "one", 1)
+    make_adapter(tmp_path / "run" / "final" / "adapter", 2)
+    lorchestra("registry", "push", tmp_path / "runs", "a").refused(f"did you mean {tmp_path / 'runs' / 'one'}?")
+    inside = tmp_path / "run" / "final" / "adapter"
+    lorchestra("registry", "push", tmp_path / "run", "a").refused(f"so it is no adapter; did you mean {inside}?")
+    pushed = lorchestra("registry", "push", inside, "medical_notes_v2_20250630_dpo")
+    assert pushed.out.startswith("medical_notes_v2_20250630_dpo@v1 is new")
+    assert "plain name" in pushed.err
+    assert "did you mean dpo_tuned" in pushed.err
+    full = lorchestra("registry", "push", inside, "medical_notes_v2_20250630_dpo_tuned", "--alias", "production")
+    assert (full.out.split()[0], full.err) == ("medical_notes_dpo_tuned@v2", "")
+    assert lorchestra("registry", "push", inside, "clinic-v1.5").err == ""
+    again = lorchestra("registry", "promote", "medical_notes_dpo_tuned")
+    assert again.out == "medical_notes_dpo_tuned@production leads to medical_notes_dpo_tuned@v2 already\n"
+    lorchestra("registry", "canary", "start", "a", "a@v2", "--steps", "25,5").refused("got 25 %, 5 %")
+
+
 # ---- what cannot be undone is asked first
 
 

@@ -222,7 +222,10 @@ def _at(held: Registry, name: str, alias: str) -> AliasState | None:
 
 
 def _moved(before: AliasState | None, after: AliasState) -> None:
-    was = f" (was {before.version.reference})" if before and before.version.id != after.version.id else ""
+    if before and before.version.id == after.version.id:
+        typer.echo(f"{after.name}@{after.alias} leads to {after.version.reference} already")
+        return
+    was = f" (was {before.version.reference})" if before else ""
     typer.echo(f"{after.name}@{after.alias} → {after.version.reference}{was}")
 
 

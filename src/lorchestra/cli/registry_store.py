@@ -57,6 +57,8 @@ def push(
 
     `lorchestra registry push adapters/terms clinic --metric loss=1.21[1.18,1.24] --tag sft --alias staging`
     """
+    from lorchestra.registry.naming import almost
+
     measured = dict(_metric(text) for text in metric or ())
     with opened(registry) as held:
         before = held.generation()  # ids are those of the audit log
@@ -67,6 +69,8 @@ def push(
         typer.echo(f"{version.manifest.reference} {there} ({short(version.manifest.digest)})")
         if alias:
             typer.echo(f"{version.manifest.name}@{alias} → {version.manifest.reference}")
+        if version.id > before and (why_plain := almost(name)):
+            typer.echo(f"note: {name} is kept as a plain name, version and all; {why_plain}", err=True)
 
 
 def pull(

@@ -126,7 +126,9 @@ class NotWorse:
             if found is None:
                 return self._refused(_nothing(self.metric, manifest), current)
             if not found.sealed:
-                return self._refused(f"{manifest.reference} does not say on which sealed test", current)
+                return self._refused(
+                    f"{manifest.reference} does not say on which sealed test (a run's own do)", current
+                )
         assert ours is not None
         assert theirs is not None
         if ours.sealed != theirs.sealed:

@@ -49,6 +49,7 @@ _WORD = re.compile(r"[a-z][a-z0-9]*", re.ASCII)
 _VERSION = re.compile(r"v[0-9]+", re.ASCII)
 _GOOD_VERSION = re.compile(r"v(0|[1-9][0-9]{0,8})", re.ASCII)
 _DIGITS = re.compile(r"[0-9]+", re.ASCII)
+_DATED = re.compile(r"_(v[0-9]+|[0-9]{8})(_|\Z)", re.ASCII)
 _CAPITALS = re.compile(r"[A-Za-z0-9]*[A-Z][A-Za-z0-9]*", re.ASCII)
 
 
@@ -145,6 +146,17 @@ def full_name(name: str) -> FullName | None:
         return FullName.parse(name)
     except UserError:
         return None
+
+
+def almost(name: str) -> str:
+    """Why a name that has a version or a date is no full name all the same; empty if it is one, or has neither."""
+    if not _DATED.search(name):
+        return ""
+    try:
+        FullName.parse(name)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _read(text: str) -> tuple[str, tuple[str, ...], int | None, date | None, tuple[str, ...]]:

@@ -38,8 +38,8 @@ class Plan:
         for share in self.steps:
             check_share(share)
         if self.steps[0] <= 0 or any(b <= a for a, b in zip(self.steps, self.steps[1:], strict=False)):
-            told = ", ".join(f"{share:g}" for share in self.steps)
-            raise UserError(f"the shares of a canary grow from step to step, from above 0 to at most 1; got {told}")
+            told = ", ".join(f"{100 * share:g} %" for share in self.steps)
+            raise UserError(f"the shares of a canary grow from step to step, from above 0 to 100 %; got {told}")
         if self.hold < timedelta(0):
             raise UserError(f"a step is held for {self.hold.total_seconds():g} seconds; that is less than nothing")
 

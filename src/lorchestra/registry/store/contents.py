@@ -88,6 +88,7 @@ class Contents:
         """
         from lorchestra.adapter.adapter import Adapter
 
+        _check_not_around(directory)
         copy = Path(tempfile.mkdtemp(prefix="lorchestra-push-"))
         try:
             files = _copied(directory, copy)
@@ -152,6 +153,16 @@ def write(files: Mapping[str, FileEntry], blobs: Blobs, directory: Path) -> Path
                     entry.sha256,
                 )
     return directory
+
+
+def _check_not_around(directory: Path) -> None:
+    """A run's directory, or one of several adapters, is not told file by file that it is none."""
+    if (directory / CONFIG).exists():
+        return
+    found = sorted(path.parent for form in (f"*/{CONFIG}", f"final/*/{CONFIG}") for path in directory.glob(form))
+    if found:
+        more = f" (or {len(found) - 1} more there)" if len(found) > 1 else ""
+        raise AdapterError(f"{directory} has no {CONFIG}, so it is no adapter; did you mean {found[0]}{more}?")
 
 
 def check_files(sizes: Mapping[str, int]) -> None:
