@@ -217,10 +217,27 @@ def test_a_catalog_of_a_newer_format_is_refused(registry, registry_url):
         Registry.open(registry_url)
 
 
+def test_whoever_only_reads_makes_no_catalog_where_there_is_none(tmp_path):
+    with Registry.open(str(tmp_path), create=True, actor="tester"):
+        pass
+    later = Registry.later(str(tmp_path), actor="tester")
+    assert later.summaries() == []
+    later.close()
+    (tmp_path / "catalog.db").rename(tmp_path / "away.db")
+    for ask in (later.summaries, later.generation, later.catalog.check):
+        with pytest.raises((RegistryError, NoRegistryError)):
+            ask()
+    assert not (tmp_path / "catalog.db").exists()
+    (tmp_path / "away.db").rename(tmp_path / "catalog.db")
+    later.catalog.check()
+    assert later.catalog.checked
+
+
 def test_somebody_else_s_tables_are_left_alone(registry_url):
     url = Location.parse(registry_url).database
     if url.startswith("sqlite"):
         Path(registry_url).mkdir()
+        Path(registry_url, "catalog.db").touch()
     engine = database.connect(url)
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE orders (x INTEGER)"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from datetime import timedelta
 
@@ -57,6 +58,7 @@ def test_every_reference_leads_where_the_registry_resolves_it(local, make, seed)
             continue
         snapshot, before = Snapshot.read(local.catalog), Snapshot.read(local.catalog, before)
         assert before == snapshot, "what is read of the changes alone is the whole"
+        assert Snapshot.from_dict(json.loads(json.dumps(snapshot.as_dict()))) == snapshot
         assert snapshot.generation == local.generation()
         digests = [version.manifest.digest for version in local.versions()]
         selectors = ["", *(f"@v{k}" for k in range(1, 5)), *(f"@{a}" for a in ALIASES)]

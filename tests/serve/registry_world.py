@@ -21,16 +21,17 @@ from tests.serve.tenants import PlainEngine
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.lineage import BaseId, Lineage
 from lorchestra.adapter.lowrank import LowRank
+from lorchestra.cli import serve_registry
 from lorchestra.registry.access import Key, Keys, hashed
 from lorchestra.registry.registry import Registry
+from lorchestra.registry.snapshot import Snapshot
 from lorchestra.serve.app import HttpSettings, create_app
-from lorchestra.serve.following import Follower
 from lorchestra.serve.gateway import TenantGateway
-from lorchestra.serve.metrics import Metrics, RegistryMetrics
+from lorchestra.serve.metrics import Metrics
 from lorchestra.serve.outcomes import Outcomes
 from lorchestra.serve.request_log import RequestLog
 from lorchestra.serve.routing import Router
-from lorchestra.serve.versions import Versions
+from lorchestra.serve.versions import Versions, View
 
 BASE = BaseId("tiny", "sha256:" + "a" * 64, "sha256:" + "b" * 64, "sha256:" + "c" * 64)
 KEYS = Keys((
@@ -91,19 +92,20 @@ class Gateway:
     Args:
         url: of the registry.
         cache: of local copies.
+        versions: instead, as ``lorchestra serve`` makes them.
     """
 
-    def __init__(self, url: str, cache: Path, *, keys=None, prompts=False, grace=3600.0, base=BASE, adapters=(),
-                 aliases=None, advance=0.2):  # fmt: skip
+    def __init__(self, url: str = "", cache: Path = Path(), *, keys=None, prompts=False, grace=3600.0, base=BASE,
+                 adapters=(), aliases=None, advance=0.2, versions=None):  # fmt: skip
         self.out, self.operator = io.StringIO(), "ops" if keys else None
-        self.registry = Registry.open(url)
         self.engine = SlowEngine()
-        self.versions = Versions(self.registry, base, cache, grace)
+        self.versions = versions or Versions(Registry.open(url), base, cache, grace)
+        self.registry = self.versions.registry
         self.metrics = Metrics("base")
-        told = RegistryMetrics(self.metrics)
-        self.follower = Follower(self.versions, self.engine, told)
-        self.follower.read()
+        if versions is None:
+            self.versions.view = View(Snapshot.read(self.registry.catalog))
         self.router = Router("base", adapters, aliases, versions=self.versions)
+        self.follower, told = serve_registry.follower(self.router, self.engine, self.metrics)
         self.outcomes = Outcomes(self.follower, told, prompts=prompts, advance=advance)
         self.gateway = TenantGateway(
             self.engine, self.router, keys, self.metrics, RequestLog(self.out, prompts), may_load=True,
@@ -130,6 +132,8 @@ class Gateway:
         await self.engine.stop(0)
 
     def stop(self):
+        if not self.thread.is_alive():
+            return
         self.client.close()
         self.server.should_exit = True
         self.thread.join(20)

@@ -135,6 +135,7 @@ def test_a_candidate_that_fails_is_taken_back_by_the_gateways_themselves_once(sh
     assert len(ended) == 1
     assert "error rate" in ended[0].why
     assert sum("canary-rollback" in record.getMessage() for record in caplog.records) == 1
+    assert sum(gateway.counted("lorchestra_canary_rollbacks_total") for gateway in pair) == 1, "by the one that did it"
     assert shared.registry.verify() == []
 
 

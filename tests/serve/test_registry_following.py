@@ -121,6 +121,22 @@ def test_the_servers_own_names_win(world, tmp_path):
     assert gateway.router.hidden() == ["audit", "base", "clinic"]
 
 
+def test_a_name_that_is_pushed_later_and_is_the_servers_own_is_told_of_once(world, tmp_path, caplog):
+    own = served("own", write(tmp_path / "own", 5))
+    gateway = world(adapters=[own], aliases={"chief": "clinic", "clinic@next": "clinic@v1"})
+    assert gateway.report()["hidden"] == []
+    world.registry.push(write(tmp_path / "b1", 11), "own")
+    world.registry.push(write(tmp_path / "b2", 12), "chief")
+    world.registry.alias("clinic", "next", "clinic@v2")
+    until(lambda: gateway.report()["hidden"] == ["chief", "clinic@next", "own"])
+    assert gateway.by("own") == "own"
+    assert gateway.by("clinic@next") == "clinic@v1"
+    world.registry.push(write(tmp_path / "b3", 13), "own")
+    settled(gateway)
+    told = [r.getMessage().partition(":")[0] for r in caplog.records if "the server's own name wins" in r.getMessage()]
+    assert sorted(told) == ["chief", "clinic@next", "own"], "once each"
+
+
 def test_an_alias_of_the_server_may_name_a_version(world):
     gateway = world(aliases={"chief": "clinic@v2", "team": "clinic@v1=0.5+clinic@v2=0.5"})
     assert gateway.by("chief") == "clinic@v2"
@@ -183,7 +199,9 @@ def test_a_version_that_is_damaged_leaves_the_alias_where_it_was_until_it_is_men
     assert report["names"]["clinic"]["production"]["serving"] == "clinic@v1"
     assert [(f["version"], f["kind"]) for f in report["failures"]] == [("clinic@v3", "damaged")]
     assert gateway.counted("lorchestra_registry_failures_total", kind="damaged") == 1
-    assert gateway.counted("lorchestra_registry_failing") == 1
+    assert gateway.counted("lorchestra_registry_unservable", kind="damaged") == 1
+    assert gateway.counted("lorchestra_registry_unservable", kind="other base") == 0
+    assert gateway.counted("lorchestra_registry_failing", kind="store") == 0, "one blob is damaged; the store is there"
     assert [r.getMessage() for r in caplog.records if "clinic@v3 cannot be served (damaged)" in r.getMessage()]
     told = gateway.ask("clinic@v3").text
     assert str(tmp_path) not in told

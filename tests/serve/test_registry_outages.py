@@ -76,6 +76,21 @@ def test_a_store_that_is_removed_and_comes_back(gateways, tmp_path):
     is_back(gateway)
 
 
+def test_which_part_of_the_registry_is_away_is_told(gateways, tmp_path):
+    gateway = gateways(str(tmp_path / "registry"))
+    for part, place in (("store", tmp_path / "registry" / "blobs"), ("database", tmp_path / "registry" / "catalog.db")):
+        away = tmp_path / "away"
+        place.rename(away)
+        until(lambda: gateway.report()["down"], 15)
+        assert list(gateway.report()["failing"]) == [part]
+        other = {"store": "database", "database": "store"}[part]
+        assert gateway.counted("lorchestra_registry_failing", kind=part) == 1
+        assert gateway.counted("lorchestra_registry_failing", kind=other) == 0
+        away.rename(place)
+        until(lambda: not gateway.report()["down"], 15)
+        assert gateway.counted("lorchestra_registry_failing", kind=part) == 0
+
+
 def test_a_version_that_is_not_here_yet_waits_for_the_store(gateways, tmp_path):
     gateway = gateways(str(tmp_path / "registry"))
     blobs, away = tmp_path / "registry" / "blobs", tmp_path / "away"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lorchestra.serve.config import ServeConfig
     from lorchestra.serve.engine import Engine, Observer
 
-REGISTRY, TENANTS, NETWORK, ENGINE, LOGS = "Registry", "Tenants", "Network", "Engine", "Logs"
+TENANTS, NETWORK, ENGINE, LOGS = "Tenants", "Network", "Engine", "Logs"
 
 
 class ServeVerb(Verb):
@@ -63,43 +63,17 @@ def serve(
         list[str] | None,
         typer.Option("--alias", metavar="NAME=MODEL", help="Another name of an adapter, mixture or the base. Repeat."),
     ] = None,
-    registry: Annotated[
-        str | None,
-        typer.Option(
-            "--registry",
-            metavar="URL",
-            help="Serve what is in it, too.",
-            show_default="LORCHESTRA_REGISTRY",
-            rich_help_panel=REGISTRY,
-        ),
-    ] = None,
-    registry_cache: Annotated[
-        str | None,
-        typer.Option(
-            "--registry-cache",
-            metavar="DIR",
-            help="Copies of its versions.",
-            show_default="under LORCHESTRA_HOME",
-            rich_help_panel=REGISTRY,
-        ),
-    ] = None,
-    registry_grace: Annotated[
-        str | None,
-        typer.Option(
-            "--registry-grace",
-            metavar="1h",
-            help="Go on so long while it is away.",
-            show_default="1h",
-            rich_help_panel=REGISTRY,
-        ),
-    ] = None,
+    registry: serve_registry.Url = None,
+    registry_cache: serve_registry.Cache = None,
+    registry_cache_size: serve_registry.CacheSize = None,
+    registry_grace: serve_registry.Grace = None,
     console: Annotated[
         bool | None,
         typer.Option(
             "--console/--no-console",
             help="A page at /console.",
             show_default="with keys, or on this machine",
-            rich_help_panel=REGISTRY,
+            rich_help_panel=serve_registry.PANEL,
         ),
     ] = None,
     name: Annotated[
@@ -240,7 +214,8 @@ def serve(
     flags = {
         "base": base, "adapters": _pairs(adapter, "--adapter NAME=DIR"), "adapters_dirs": adapters or [],
         "aliases": _pairs(alias, "--alias NAME=MODEL"), "name": name, "keys": keys,
-        "registry": registry, "registry_cache": registry_cache, "registry_grace": registry_grace,
+        "registry": registry, "registry_cache": registry_cache, "registry_cache_size": registry_cache_size,
+        "registry_grace": registry_grace,
         "insecure_no_keys": insecure_no_keys, "enable_load": enable_load, "lora_roots": lora_root or [],
         "host": host, "port": port, "console": console,
         "ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile, "cors_origins": cors_origin or [], "grace": grace,

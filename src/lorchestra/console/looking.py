@@ -144,7 +144,7 @@ class Looking:
         running, ended = await self._threads.run(lambda: browsing.canaries(registry))
         assert self._follower is not None  # or there were no registry
         report = self._follower.report()
-        server = {key: report[key] for key in ("registry", "generation", "stale_seconds", "down")}
+        server = {key: report[key] for key in ("registry", "generation", "stale_seconds", "down", "hidden")}
         server["failures"] = report["failures"][:PAGE]
         tried = {(found["name"], found["alias"]): found["tried_here"] for found in report["canaries"]}
         return {

@@ -197,7 +197,7 @@ class Rebuilder:
         here, there = sealed_items(prepared), sealed_items(old)
         if any(here[name] != there[name] for name in domains):
             raise UserError("its sealed test comes in another order there")
-        adapter = Adapter.load(registry.materialise(version, home() / "registry"))
+        adapter = Adapter.load(registry.materialise(version, home() / "versions"))
         recipe = old.recipe
         base = LazyBase(old.directory, old.base.name, recipe.device, recipe.dtype, self.reporter)
         scores = score_alone(old, adapter, base, StepCache(home() / "steps"), self.reporter)

@@ -62,6 +62,19 @@ class Registry(Reader):
         who = plain_text(os.environ.get(ACTOR, "") or actor or _myself(), "actor")
         return cls(location, Catalog.open(location.database, shown=location.shown, actor=who, create=create), blobs)
 
+    @classmethod
+    def later(cls, url: str, *, actor: str = "") -> Self:
+        """The registry at ``url``, which cannot be reached now; see :meth:`Catalog.later`.
+
+        Raises:
+            UserError: the URL names no registry.
+        """
+        from lorchestra.registry.store.blobs import Blobs
+
+        location = Location.parse(url)
+        who = plain_text(os.environ.get(ACTOR, "") or actor or _myself(), "actor")
+        return cls(location, Catalog.later(location.database, shown=location.shown, actor=who), Blobs(location.blobs))
+
     def close(self) -> None:
         """Close its connections."""
         self.catalog.close()

@@ -6,11 +6,11 @@ Whoever answers requests asks this and no database: a lookup is a few dictionari
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice, takewhile
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorchestra.registry.canary.traffic import Arm, arm_of
 from lorchestra.registry.reference import Reference
@@ -160,6 +160,43 @@ class Snapshot:
             pointed = connection.execute(select(aliases.c.name, aliases.c.alias, aliases.c.version_id)).all()
             canaries = connection.execute(running).all()
             sample = tuple(sorted({blob for end in ends for blob in connection.execute(end).scalars()}))
+        return cls._of(generation, lines, pointed, canaries, sample)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON, of which :meth:`from_dict` makes the same again."""
+        named = [(name, alias, line.id) for name, alias, line in self.pointers() if alias]
+        splits = [
+            (name, alias, *split)
+            for name, found in self.names.items()
+            for alias, split in found.splits.items()
+            if alias
+        ]
+        return {
+            "generation": self.generation, "lines": list(self.by_id.values()), "aliases": named, "canaries": splits,
+            "running": self.canaries, "sample": self.sample,
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> Snapshot:
+        """From :meth:`as_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not from there.
+        """
+        lines = {line.id: line for line in (Line(*fields) for fields in told["lines"])}
+        made = cls._of(told["generation"], lines, told["aliases"], told["canaries"], tuple(told["sample"]))
+        return replace(made, canaries=told["running"])
+
+    @classmethod
+    def _of(
+        cls,
+        generation: int,
+        lines: Mapping[int, Line],
+        pointed: Iterable[Sequence[Any]],
+        canaries: Sequence[Sequence[Any]],
+        sample: tuple[str, ...],
+    ) -> Snapshot:
+        """From versions by id; name, alias, id; name, alias and the fields of a split."""
         splits: dict[str, dict[str, Split]] = {}
         for name, alias, *rest in canaries:
             splits.setdefault(name, {})[alias] = Split(*rest)

@@ -34,6 +34,7 @@ class ServeConfig(BaseModel):
         aliases: a name → an adapter, a mixture, or the base's name.
         registry: URL of a registry whose names are served too; ``LORCHESTRA_REGISTRY`` unless set, empty for none.
         registry_cache: where its versions are kept on this machine; under ``LORCHESTRA_HOME`` unless set.
+        registry_cache_size: what they may take there, as in ``20GB``; ``null`` for no bound.
         registry_grace: how long they are served while the registry is away, as in ``1h``; then they are refused.
         engine: ``embedded``: our own; ``vllm``: by vLLM's servers; ``auto``: vLLM where it and CUDA are there.
         engine_process: the embedded engine has a process of its own, beside the server's.
@@ -77,6 +78,7 @@ class ServeConfig(BaseModel):
     aliases: dict[str, str] = Field(default_factory=dict)
     registry: str | None = None
     registry_cache: str | None = None
+    registry_cache_size: Annotated[str, Field(pattern=SIZE)] | None = "20GB"
     registry_grace: str = "1h"
     engine: Literal["auto", "embedded", "vllm"] = "auto"
     engine_process: bool = True

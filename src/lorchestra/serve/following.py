@@ -7,18 +7,20 @@ the registry says v2 ──bring v2──► the engine has it ──► v2 answ
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorchestra.errors import LorchestraError, counted
-from lorchestra.registry.mistakes import RegistryError
+from lorchestra.registry.mistakes import NoRegistryError, RegistryError
 from lorchestra.registry.snapshot import Line, Snapshot
 from lorchestra.serve.engine import Engine, StoppingError
 from lorchestra.serve.flights import Flights
-from lorchestra.serve.versions import Failure, Pointer, Versions, View
+from lorchestra.serve.metrics import PARTS
+from lorchestra.serve.versions import Pointer, Versions, View
 
 if TYPE_CHECKING:
     from lorchestra.serve.metrics import RegistryMetrics
@@ -39,11 +41,17 @@ class Follower:
         versions: to be kept.
         engine: loads them.
         metrics: are told.
+        hidden: names and aliases of the registry that something else here has.
         every: seconds between two looks at the catalog; by default a quarter for SQLite, one for PostgreSQL.
     """
 
     def __init__(
-        self, versions: Versions, engine: Engine, metrics: RegistryMetrics, every: float | None = None
+        self,
+        versions: Versions,
+        engine: Engine,
+        metrics: RegistryMetrics,
+        hidden: Callable[[], Sequence[str]] = tuple,
+        every: float | None = None,
     ) -> None:
         self.versions, self.registry, self.flights = versions, versions.registry, Flights()
         self._engine, self._metrics = engine, metrics
@@ -51,17 +59,23 @@ class Follower:
         self._file = Path(database.url.database or "") if database.dialect.name == "sqlite" else None
         self._inode = _inode(self._file) if self._file else None
         self._every = every if every is not None else (HERE if self._file else AWAY)
-        self._thread = ThreadPoolExecutor(1, "lorchestra-registry")
-        self._asked: Future[Any] | None = None
+        self._threads = ThreadPoolExecutor(len(PARTS), "lorchestra-registry")  # one for each part
+        self._asked: dict[str, Future[Any]] = {}
         self._read_at = self._store_at = float("-inf")
-        self.down = self._store_down = ""  # why the registry cannot be used; empty while it can
+        self.failing: dict[str, str] = {}  # which part of the registry cannot be used, and why
+        self.down = ""  # the same in words; empty while all of it can
+        self._hidden, self._told = hidden, set[str]()
+        self._kept_at: float | None = None  # when what is kept was last said to hold; None: it does not
         self._wanted: Mapping[Pointer, Line] = {}
         self._unsettled = True
         self._wake = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
+        self._tidying: asyncio.Task[None] | None = None
         self._loading: dict[int, asyncio.Task[None]] = {}
         self._leaving: dict[int, asyncio.Task[None]] = {}
-        metrics.watch(lambda: versions.stale, lambda: self.snapshot.generation, lambda: len(versions.failures))
+        metrics.watch(
+            lambda: versions.stale, lambda: self.snapshot.generation, lambda: self.failing, versions.unservable
+        )
         versions.failed = lambda failure: metrics.failures.labels(failure.kind).inc()
 
     @property
@@ -78,30 +92,37 @@ class Follower:
         """Read the registry now, in the foreground: before the event loop runs, or before anybody asks.
 
         Raises:
-            RegistryError: it cannot be reached.
+            RegistryError, NoRegistryError: it cannot be reached, or is none.
         """
         began = self.versions.clock()
+        if not self.registry.catalog.checked:
+            self.registry.catalog.check()
         snapshot = Snapshot.read(self.registry.catalog)
         self.versions.seen = self._read_at = began
         self._take(snapshot, at_once=True)
+        self._keep(snapshot)
+
+    def resume(self) -> None:
+        """Go on from what the registry said last, while it is away: before the event loop runs."""
+        self._take(self.snapshot, at_once=True)
 
     def start(self) -> None:
         """Begin to follow, on the running event loop; what is pointed at is brought here in the background."""
         try:
             self.read()
-        except RegistryError as error:
-            self._away(error)
+        except (RegistryError, NoRegistryError) as error:
+            self._away({"database": str(error)})
         self._following = asyncio.ensure_future(self._follow())
 
     async def stop(self) -> None:
         """Follow no longer."""
-        following = [] if self._following is None else [self._following]
-        tasks = [*following, *self._loading.values(), *self._leaving.values()]
+        own = [task for task in (self._following, self._tidying) if task is not None]
+        tasks = [*own, *self._loading.values(), *self._leaving.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self.versions.close()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def look(self) -> None:
         """Look at the registry at once, and not when it is time."""
@@ -133,21 +154,19 @@ class Follower:
             "stale_seconds": round(versions.stale, 3),
             "grace_seconds": versions.grace,
             "down": self.down or None,
+            "failing": dict(self.failing),
+            "hidden": list(self._hidden()),
             "names": names,
-            "failures": [_failure(failure) for failure in versions.failures.values()],
+            "failures": [failure.as_dict() for failure in versions.failures.values()],
             "canaries": canaries,
         }
 
     async def _follow(self) -> None:
         while True:
-            try:
-                await self._looked()
-            except (RegistryError, StoppingError, TimeoutError, OSError) as error:
-                self._away(error)
-            except Exception:  # a fault of ours must not stop what revocations depend on
-                _log.exception("following the registry failed; it is tried again")
-                self._away(RegistryError("following it failed; see above"))
+            await self._looked()
             self._settle()
+            if self.versions.untidy and (self._tidying is None or self._tidying.done()):
+                self._tidying = asyncio.ensure_future(self.versions.tidy(self._busy))
             try:
                 await asyncio.wait_for(self._wake.wait(), self._every)
             except TimeoutError:
@@ -155,31 +174,65 @@ class Follower:
             self._wake.clear()
 
     async def _looked(self) -> None:
+        began, failing = self.versions.clock(), {}
+        if why := await self._why_not(self._look_at_database):
+            failing["database"] = why
+        if began - self._store_at >= (AWAY if "store" in self.failing else STORE):
+            self._store_at = began
+            if why := await self._why_not(self._look_at_store):
+                failing["store"] = why
+        elif "store" in self.failing:
+            failing["store"] = self.failing["store"]
+        if not failing:
+            self.versions.seen = began
+            if self._kept_at is not None and began - self._kept_at >= STORE:
+                self._kept_at = began
+                with contextlib.suppress(OSError):
+                    self.versions.kept.seen()
+        self._away(failing)
+
+    async def _why_not(self, look: Callable[[], Awaitable[None]]) -> str:
+        """Why that part of the registry cannot be used; empty if it can."""
+        try:
+            await look()
+        except (RegistryError, NoRegistryError, StoppingError, TimeoutError, OSError) as error:
+            return str(error) or "it does not answer"
+        except Exception:  # a fault of ours must not stop what revocations depend on
+            _log.exception("following the registry failed; it is tried again")
+            return "following it failed; the log says how"
+        return ""
+
+    async def _look_at_database(self) -> None:
         began = self.versions.clock()
-        generation = await self._off(self._generation)
+        generation = await self._off("database", self._generation)
         whole = began - self._read_at >= REREAD
         if whole or generation != self.snapshot.generation:
             before = None if whole else self.snapshot
-            snapshot = await self._off(lambda: Snapshot.read(self.registry.catalog, before))
+            snapshot = await self._off("database", lambda: Snapshot.read(self.registry.catalog, before))
             self._read_at = began if whole else self._read_at
             self._take(snapshot)
-        if began - self._store_at >= (AWAY if self._store_down else STORE):
-            self._store_at, self._store_down = began, await self._off(self._look_at_store)
-        if self._store_down:
-            raise RegistryError(self._store_down)
-        self.versions.seen = began
-        if self.down:
-            _log.warning("the registry %s is back", self.registry.location.shown)
-            self.down = ""
+            await self._off("database", lambda: self._keep(snapshot))
 
-    def _away(self, error: BaseException) -> None:
-        why = str(error) or "it does not answer"
-        if not self.down:
+    def _away(self, failing: dict[str, str]) -> None:
+        """These parts of the registry cannot be used; none, if all can."""
+        for part in failing.keys() - self.failing.keys():
             _log.error(
-                "the registry cannot be used: %s. What is here goes on for %s",
-                why, counted(int(self.versions.grace), "second"),
+                "the registry's %s cannot be used: %s. What is here goes on for %s",
+                part, failing[part], counted(int(max(self.versions.grace - self.versions.stale, 0)), "second"),
             )  # fmt: skip
-        self.down = why
+        if self.failing and not failing:
+            _log.warning("the registry %s is back", self.registry.location.shown)
+        self.failing, self.down = failing, "; ".join(failing[part] for part in PARTS if part in failing)
+
+    def _keep(self, snapshot: Snapshot) -> None:
+        """On the thread: have it on this machine too, for a start while the registry is away."""
+        self._kept_at = None
+        try:
+            self.versions.kept.keep(snapshot)
+        except OSError as error:
+            _log.warning("what the registry says cannot be kept in %s: %s", self.versions.cache, error)
+        else:
+            self._kept_at = self.versions.clock()
 
     def _generation(self) -> int:
         """On the thread."""
@@ -190,24 +243,24 @@ class Follower:
             if found != self._inode:  # it was restored: connections that are open still see the one before
                 self.registry.close()
                 self._inode, self._read_at = found, float("-inf")
+        if not self.registry.catalog.checked:
+            self.registry.catalog.check()
         return self.registry.generation()
 
-    def _look_at_store(self) -> str:
-        """On the thread: why the store cannot be used; empty if it can."""
+    async def _look_at_store(self) -> None:
         sample = self.snapshot.sample
-        try:
-            there = self.registry.blobs.sizes(sample)
-        except RegistryError as error:
-            return str(error)
-        return "" if there or not sample else f"the store {self.registry.blobs.shown} holds none of the blobs it should"
+        there = await self._off("store", lambda: self.registry.blobs.sizes(sample))
+        if sample and not there:
+            raise RegistryError(f"the store {self.registry.blobs.shown} holds none of the blobs it should")
 
-    async def _off(self, work: Callable[[], T]) -> T:
-        """``work`` on the registry's one thread; a registry that hangs is asked nothing more until it answers."""
-        if self._asked is not None and not self._asked.done():
+    async def _off(self, part: str, work: Callable[[], T]) -> T:
+        """``work`` on a thread of that part of the registry; one that hangs is asked nothing more until it answers."""
+        asked = self._asked.get(part)
+        if asked is not None and not asked.done():
             raise RegistryError("it does not answer")
-        self._asked = self._thread.submit(work)
-        found: T = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._asked)), PATIENCE)
-        return found
+        running = self._threads.submit(work)
+        self._asked[part] = running
+        return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(running)), PATIENCE)
 
     def _take(self, snapshot: Snapshot, at_once: bool = False) -> None:
         """From now on ``snapshot`` holds; what it points at is loaded before it answers, if another did before.
@@ -232,6 +285,10 @@ class Follower:
                 ended = self.flights.end(id, f"{line.reference} was revoked while it answered")
                 _log.warning("%s was revoked (%s); %s ended", line.reference, line.revoked, counted(ended, "answer"))
         self._publish(View(snapshot, serving))
+        hidden = set(self._hidden())
+        for name in sorted(hidden - self._told):
+            _log.warning("%s: the server's own name wins; what the registry calls so is not served", name)
+        self._told = hidden
 
     def _settle(self) -> None:
         """Load what is pointed at and does not answer yet, and what failed and may be tried again."""
@@ -250,6 +307,15 @@ class Follower:
                 self._loading[line.id] = asyncio.ensure_future(self._load(line))
             elif not self._loading:  # one after the other: nobody waits for these
                 self._loading[line.id] = asyncio.ensure_future(self._warm(line))
+
+    def _busy(self, version: int) -> bool:
+        """Whether it answers somebody, or is about to."""
+        return (
+            self.flights.running(version) > 0
+            or version in self._loading
+            or version in self._leaving
+            or any(line.id == version for line in self._wanted.values())
+        )
 
     async def _warm(self, line: Line) -> None:
         """Bring a version here before anybody asks for it."""
@@ -320,11 +386,6 @@ def _pointers(snapshot: Snapshot) -> Mapping[Pointer, Line]:
         for alias, split in known.splits.items():
             found[Pointer(name, alias, True)] = snapshot.by_id[split.candidate]
     return found
-
-
-def _failure(failure: Failure) -> dict[str, Any]:
-    return {"version": failure.reference, "kind": failure.kind, "why": failure.why, "since": failure.since,
-            "tries": failure.tries}  # fmt: skip
 
 
 def _inode(file: Path | None) -> tuple[int, int] | None:

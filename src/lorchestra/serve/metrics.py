@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -13,6 +14,7 @@ from lorchestra.serve.engine import Served, Target
 
 MIXTURE, OTHER = "(mixture)", "(other)"  # no adapter may be called so
 UNKNOWN = "(unknown)"  # of requests that were refused before it was known who should answer
+PARTS = ("database", "store")  # of a registry
 _WAITS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _STEPS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 _LOADS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
@@ -129,20 +131,57 @@ class RegistryMetrics:
             ("adapter", "arm", "outcome"),
             registry=one,
         )
+        # Without labels: a series that is there from the start, so that the first time is an increase too.
+        self.rolled_back = Counter(
+            "lorchestra_canary_rollbacks", "Canaries that this server took back by itself.", registry=one
+        )
         self.lost = Counter(
             "lorchestra_registry_lost_rows",
             "Answers that nobody can give feedback on, since the registry was away for too long.",
             registry=one,
         )
 
-    def watch(self, stale: Callable[[], float], generation: Callable[[], float], failing: Callable[[], float]) -> None:
-        """What to ask at each scrape: seconds since the registry was seen, its generation, versions that fail now."""
+    def watch(
+        self,
+        stale: Callable[[], float],
+        generation: Callable[[], float],
+        failing: Callable[[], Collection[str]],
+        unservable: Callable[[], Mapping[str, int]],
+    ) -> None:
+        """What to ask at each scrape.
+
+        Args:
+            stale: seconds since the registry was seen.
+            generation: of its catalog.
+            failing: which of :data:`PARTS` cannot be used.
+            unservable: kind of failure → versions that cannot be served; every kind is there.
+        """
         for name, said, ask in (
             ("lorchestra_registry_stale_seconds", "Seconds since the registry was last seen whole.", stale),
             ("lorchestra_registry_generation", "Of the catalog, as it was read last.", generation),
-            ("lorchestra_registry_failing", "Versions that cannot be served now.", failing),
         ):
             Gauge(name, said, registry=self._registry).set_function(ask)
+        failures = Gauge(
+            "lorchestra_registry_failing", "1 while this part of it cannot be used.", ("kind",), registry=self._registry
+        )
+        for part in PARTS:
+            failures.labels(part).set_function(partial(_among, part, failing))
+        versions = Gauge(
+            "lorchestra_registry_unservable",
+            "Versions that cannot be served now.",
+            ("kind",),
+            registry=self._registry,
+        )
+        for kind in unservable():
+            versions.labels(kind).set_function(partial(_of, kind, unservable))
+
+
+def _among(part: str, failing: Callable[[], Collection[str]]) -> float:
+    return float(part in failing())
+
+
+def _of(kind: str, counts: Callable[[], Mapping[str, int]]) -> float:
+    return float(counts()[kind])
 
 
 class _Residency(Collector):

@@ -209,8 +209,13 @@ class Outcomes:
             return
         from lorchestra.registry.canary.rollout import advance
 
+        def work() -> bool:
+            changes = advance(self._registry)
+            self._metrics.rolled_back.inc(sum(change.action == "canary-rollback" for change in changes))
+            return bool(changes)
+
         await self.flush()
-        if await self._off(lambda: advance(self._registry)):
+        if await self._off(work):
             self._follower.look()
 
     async def _tidy(self) -> None:

@@ -160,9 +160,15 @@ class Router:
             raise UserError(f"{name!r} is a name of the registry; push a version there, or call the adapter otherwise")
 
     def hidden(self) -> Sequence[str]:
-        """Names of the registry, sorted, that something else here has: they are not served from it."""
-        names = self.versions.view.snapshot.names if self.versions else ()
-        return sorted(name for name in names if self._taken(name))
+        """What of the registry, sorted, is not served because something else here is called so: names (``clinic``), and
+        aliases and versions of others (``clinic@staging``)."""
+        names = self.versions.view.snapshot.names if self.versions else {}
+        found = [name for name in names if self._taken(name)]
+        for alias in self._aliases:
+            name = names.get(alias.name) if alias.selector and not self._taken(alias.name) else None
+            if name is not None and (alias.alias in name.pointers if alias.alias else name.exact(alias) is not None):
+                found.append(str(alias))
+        return sorted(found)
 
     def remove(self, key: Key, name: str) -> Served:
         """Serve it no longer; requests that have it keep it.

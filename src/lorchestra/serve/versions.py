@@ -7,27 +7,33 @@ belongs to one event loop, but for what :meth:`Versions.prepare` does beside it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from lorchestra.errors import AdapterError, LorchestraError, StorageError
+from lorchestra.errors import AdapterError, LorchestraError, StorageError, counted
 from lorchestra.registry.mistakes import DamagedError, RegistryError
 from lorchestra.registry.reference import Reference
 from lorchestra.registry.snapshot import Line, Snapshot
+from lorchestra.registry.store.cleaning import Copies, Copy
 from lorchestra.serve.adapter_files import served
 from lorchestra.serve.engine import Served, StoppingError
+from lorchestra.serve.keeping import Kept
 from lorchestra.serve.ports import RevokedModelError
 
 if TYPE_CHECKING:
     from lorchestra.adapter.lineage import BaseId
+    from lorchestra.registry.bases import BaseCheck
     from lorchestra.registry.registry import Registry
+    from lorchestra.registry.sql.catalog import Version
 
 AGAIN, LONGEST = 1.0, 60.0  # seconds until a version that failed is tried again: twice as many each time
+RECENT = 60.0  # seconds for which a copy stays that was asked for: a request may be about to use it
 _log = logging.getLogger("lorchestra.serve.registry")
 
 Kind = Literal["other base", "damaged", "unusable", "registry down"]
@@ -97,6 +103,11 @@ class Failure:
     tries: int
     again: float
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON, for the operator."""
+        return {"version": self.reference, "kind": self.kind, "why": self.why, "since": self.since,
+                "tries": self.tries}  # fmt: skip
+
 
 class ColdError(LorchestraError):
     """The version is not here yet: :meth:`Versions.prepare` brings it, and then the request can be resolved."""
@@ -114,6 +125,7 @@ class Versions:
         base: of this server.
         cache: directory of local copies.
         grace: seconds that go on without the registry.
+        most: bytes that the copies may take; ``None`` for no bound.
         clock: seconds.
     """
 
@@ -123,17 +135,24 @@ class Versions:
         base: BaseId,
         cache: Path,
         grace: float = 3600.0,
+        most: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.registry, self.base, self.cache, self.grace, self.clock = registry, base, cache, grace, clock
+        self.copies, self.kept = Copies(cache, most), Kept(cache, registry.location.shown, base)
         self.view = View()
         self.seen = clock()  # when the registry was last seen to be there, all of it
         self.here: dict[int, Served] = {}
         self.drift: dict[int, Mapping[str, Any]] = {}
         self.failures: dict[int, Failure] = {}
         self.failed: Callable[[Failure], None] = lambda failure: None  # for the metrics
+        self._contents: dict[int, str] = {}  # of what is here: name of the copy
+        self._asked: dict[int, float] = {}  # when it was last asked for, seconds since 1970
+        self._tidy_at = float("inf")  # when the copies are looked at, by the clock
+        self._full = False
         self._bringing: dict[int, asyncio.Task[Served]] = {}
         self._threads = ThreadPoolExecutor(4, "lorchestra-versions")
+        self._tidier = ThreadPoolExecutor(1, "lorchestra-copies")
 
     @property
     def stale(self) -> float:
@@ -188,6 +207,7 @@ class Versions:
             raise RevokedModelError(f"{asked!r} is {line.reference}, which was revoked; ask for another version", asked)
         here = self.here.get(line.id)
         if here is not None:
+            self._asked[line.id] = time.time()
             return here
         failure = self.failures.get(line.id)
         if failure is not None and not self._due(failure):
@@ -223,16 +243,57 @@ class Versions:
             self.failed(failure)
         return failure
 
+    def unservable(self) -> Mapping[str, int]:
+        """Kind of failure → versions that cannot be served now."""
+        kinds = [failure.kind for failure in self.failures.values()]
+        return {kind: kinds.count(kind) for kind in get_args(Kind)}
+
     def worth_a_try(self, line: Line) -> bool:
         """Whether nothing is known against a version, or it is time to see whether that still holds."""
         failure = self.failures.get(line.id)
         return failure is None or self._due(failure)
+
+    @property
+    def untidy(self) -> bool:
+        """Whether it is time to :meth:`tidy`."""
+        return self.copies.most is not None and self.clock() >= self._tidy_at
+
+    async def tidy(self, busy: Callable[[int], bool]) -> None:
+        """Keep the copies within their bound: those may go that nothing leads to and nobody has asked for lately, the
+        least recently used first.
+
+        Args:
+            busy: whether a version answers somebody, or is about to.
+        """
+        self._tidy_at, loop = float("inf"), asyncio.get_running_loop()
+        if not await loop.run_in_executor(self._tidier, self.copies.over):
+            return
+        pointed, recent = set(self.view.serving.values()), time.time() - RECENT
+        for id in list(self.here):
+            if id not in pointed and self._asked.get(id, 0.0) < recent and not busy(id):
+                del self.here[id]
+                self.copies.let_go(self._contents.pop(id), self._asked.pop(id, None))
+        gone = await loop.run_in_executor(self._tidier, self._cleaned)
+        if gone:
+            _log.info("%s left %s, which was full", counted(len(gone), "copy", "copies"), self.cache)
+        over = await loop.run_in_executor(self._tidier, self.copies.over)
+        if over and not self._full:
+            _log.warning(
+                "what is in use takes %s bytes more of %s than registry_cache_size allows; it stays",
+                f"{over:,}",
+                self.cache,
+            )
+        self._full = over > 0
+        if over:
+            self._tidy_at = self.clock() + RECENT
 
     def close(self) -> None:
         """Bring nothing any more."""
         for task in self._bringing.values():
             task.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._tidier.shutdown(wait=True, cancel_futures=True)
+        self.copies.close()
 
     def _due(self, failure: Failure) -> bool:
         return self.clock() >= failure.again or failure.generation != self.view.snapshot.generation
@@ -242,10 +303,11 @@ class Versions:
             return self.here[line.id]
         loop = asyncio.get_running_loop()
         try:
-            here, drift = await loop.run_in_executor(self._threads, self._brought, line)
+            here, drift, content = await loop.run_in_executor(self._threads, self._brought, line)
         except Exception as error:
             raise _told(self.fail(line, error)) from error
-        self.here[line.id] = here
+        self.here[line.id], self._contents[line.id], self._asked[line.id] = here, content, time.time()
+        self._tidy_at = min(self._tidy_at, self.clock())
         if drift:
             self.drift[line.id] = drift
         self.failures.pop(line.id, None)
@@ -256,23 +318,53 @@ class Versions:
         if not task.cancelled():
             task.exception()  # it was told of; nobody may be waiting any more
 
-    def _brought(self, line: Line) -> tuple[Served, Mapping[str, Any]]:
+    def _cleaned(self) -> Sequence[Copy]:
         """On a thread."""
-        version = self.registry.by_ids([line.id]).get(line.id)
-        if version is None:
-            raise RegistryError(f"{line.reference} is not in the registry any more")
-        check = self.registry.allowed_base(version.manifest, self.base)
+        gone = self.copies.clean()
+        if gone:
+            self.kept.forget({copy.name for copy in gone})
+        return gone
+
+    def _brought(self, line: Line) -> tuple[Served, Mapping[str, Any], str]:
+        """On a thread: it, its drift, and the name of its copy, which is held."""
+        version, check = self._allowed(line)
         if not check.ok:
             raise OtherBaseError(check.why)
         if check.why:
             _log.info("%s: %s%s", line.reference, check.why, f", drift {dict(check.drift)}" if check.drift else "")
-        directory = self.registry.materialise(version, self.cache)
-        found = served(line.name, directory)
-        if found.digest != line.digest:
-            raise AdapterError(f"{line.reference} holds the weights {found.digest}, not {line.digest} as it was pushed")
+        content = version.manifest.content.removeprefix("sha256:")
+        self.copies.hold(content)
+        try:
+            directory = self.registry.materialise(version, self.cache)
+            found = served(line.name, directory)
+            if found.digest != line.digest:
+                raise AdapterError(
+                    f"{line.reference} holds the weights {found.digest}, not {line.digest} as it was pushed"
+                )
+        except BaseException:
+            self.copies.let_go(content)
+            raise
         own = version.manifest.base.weights
         sibling = own if own and self.base.weights and own != self.base.weights else ""
-        return replace(found, reference=line.reference, version=line.id, sibling_of=sibling), check.drift
+        return replace(found, reference=line.reference, version=line.id, sibling_of=sibling), check.drift, content
+
+    def _allowed(self, line: Line) -> tuple[Version, BaseCheck]:
+        """A version and whether it may be served on this base; while the catalog is away, what was noted of that."""
+        try:
+            version = self.registry.by_ids([line.id]).get(line.id)
+            check = None if version is None else self.registry.allowed_base(version.manifest, self.base)
+        except RegistryError as error:
+            its_own = isinstance(error, DamagedError) and error.subject == line.reference
+            noted = None if its_own else self.kept.noted(line)
+            if noted is None:
+                raise
+            return noted
+        if version is None or check is None:
+            raise RegistryError(f"{line.reference} is not in the registry any more")
+        if check.ok:
+            with contextlib.suppress(OSError):  # then it is asked for again
+                self.kept.note(version, check)
+        return version, check
 
 
 def _kind(error: BaseException) -> Kind:

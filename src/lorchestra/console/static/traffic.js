@@ -69,7 +69,11 @@ function card() {
 function served(server) {
   return [
     server.down ? h("div.problem", { role: "alert" }, h("p", null, t("down", { why: server.down }))) : null,
-    facts([[t("registry"), h("span.breaks", null, server.registry)], [t("generation"), f.count(server.generation)], [t("seen"), t("seen_ago", { n: f.number(server.stale_seconds, 2) })]]),
+    facts([
+      [t("registry"), h("span.breaks", null, server.registry)], [t("generation"), f.count(server.generation)],
+      [t("seen"), t("seen_ago", { n: f.number(server.stale_seconds, 2) })],
+      ...(server.hidden.length ? [[t("hidden"), h("span.breaks", null, server.hidden.join(", "))]] : []),
+    ]),
     server.failures.length ? section(t("failing"), table([{ head: t("version"), cell: (row) => versionLink(row.version) }, { head: t("kind"), cell: (row) => badge(row.kind, "bad") }, { head: t("reason"), cell: (row) => row.why, kind: "why" }], server.failures, { caption: t("failing") })) : null,
   ];
 }

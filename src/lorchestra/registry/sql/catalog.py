@@ -203,6 +203,7 @@ class Catalog:
 
     def __init__(self, engine: Engine, shown: str, actor: str) -> None:
         self.engine, self.shown, self.actor = engine, shown, actor
+        self.checked = True
 
     @classmethod
     def open(cls, url: str, *, shown: str, actor: str, create: bool = False) -> Catalog:
@@ -227,6 +228,26 @@ class Catalog:
             engine.dispose()
             raise
         return cls(engine, shown, actor)
+
+    @classmethod
+    def later(cls, url: str, *, shown: str, actor: str) -> Catalog:
+        """The catalog in a database that cannot be reached now; whoever reaches it calls :meth:`check` first."""
+        from lorchestra.registry.sql.database import connect
+
+        made = cls(connect(url), shown, actor)
+        made.checked = False
+        return made
+
+    def check(self) -> None:
+        """See that its tables are there and of this version.
+
+        Raises:
+            NoRegistryError, RegistryError: as :meth:`open`.
+        """
+        from lorchestra.registry.sql.database import prepare
+
+        prepare(self.engine, self.shown, create=False)
+        self.checked = True
 
     def close(self) -> None:
         """Close its connections."""

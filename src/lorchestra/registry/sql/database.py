@@ -65,7 +65,12 @@ def connect(url: str) -> Engine:
 
 
 def _sqlite(url: str) -> Engine:
-    engine = create_engine(url, connect_args={"timeout": WAIT})
+    file = Path(make_url(url).database or "").absolute()
+
+    def opened() -> sqlite3.Connection:  # SQLite makes a file that is not there, also for who only reads
+        return sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, timeout=WAIT, check_same_thread=False)
+
+    engine = create_engine(url, creator=opened)
 
     @event.listens_for(engine, "connect")
     def _opened(connection: Any, record: object) -> None:
@@ -230,6 +235,7 @@ def _none(shown: str) -> NoRegistryError:
 def _make_place(file: Path) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
     except OSError as error:
         raise RegistryError(
             f"the registry's directory {file.parent} cannot be made: {error.strerror}; choose another place"

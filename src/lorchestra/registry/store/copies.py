@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,6 +61,8 @@ def materialise(version: Version, blobs: Blobs, cache: Path) -> Path:
     directory, marker = cache / name, cache / f"{name}.verified"
     files = version.manifest.files
     if _marked(directory, marker, files):
+        with contextlib.suppress(OSError):  # it was used: see :mod:`lorchestra.registry.store.cleaning`
+            os.utime(marker)
         return directory
     try:
         cache.mkdir(parents=True, exist_ok=True)
