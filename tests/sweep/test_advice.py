@@ -46,8 +46,28 @@ def test_pairs_count_and_not_the_spread_of_seeds():
     assert taken(advise(table(r4=[1.1, 2.1, 3.1], r8=[1.0, 2.0, 3.0]), EXAMPLES)) == 8
 
 
+def test_one_setting_alone_is_no_choice():
+    found = advise(rows([make_outcome(1.0, settings={}, seed=seed) for seed in range(3)], []), EXAMPLES)
+    assert found.sentence == "There is one setting alone, for 100 training examples: its validation loss is 1.000."
+
+
 def test_equals_go_to_the_smaller():
     assert taken(advise(table(r8=[1.0, 1.1], r4=[1.0, 1.1]), EXAMPLES)) == 4
+
+
+def test_what_was_trained_with_another_seed_cannot_be_compared():
+    """Halving may leave one setting the first seed alone, another one the second."""
+    whole = make_outcome(1.0, settings={"lora.rank": 8}, seed=0, trainable=800)
+    other = make_outcome(2.0, settings={"lora.rank": 4}, seed=1, trainable=400)
+    stopped = [
+        make_outcome(1.0, settings={"lora.rank": rank}, seed=seed, state="stopped", trainable=100 * rank, test=None)
+        for rank, seed in ((8, 1), (4, 0))
+    ]
+    found = advise(rows([whole, other, *stopped], ["lora.rank"]), EXAMPLES)
+    assert taken(found) == 8
+    assert "cannot be told" not in found.sentence
+    assert "It rests on 1 seed" in found.rests_on
+    assert "without halving" in found.rests_on
 
 
 def test_what_diverged_once_is_never_recommended():

@@ -85,6 +85,27 @@ def test_a_setting_keeps_a_value_although_others_are_better(make_spec, tmp_path)
     assert len(result.tuned) == 2
 
 
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_of_what_was_stopped_or_diverged_no_checkpoint_is_left(make_spec, tmp_path, jobs):
+    rates = [1e-9, 3e-3, 1e-2, 1e30]
+    spec = make_spec(axes={"train.learning_rate": rates}, halving={"first": 0.5, "reduction": 2}, seeds=2)
+    result = run_sweep(spec, directory=tmp_path / "s", jobs=jobs)
+    assert {outcome.state for outcome in result.outcomes} == {"done", "stopped", "diverged"}
+    left = [
+        path.name for path in Worker(spec).cache.root.iterdir() if path.is_dir() and not path.name.startswith("cell-")
+    ]
+    assert {name.split("-")[0] for name in left} == {"rung", "start"}
+    assert not [name for name in left if name.endswith(".work")]
+    again = run_sweep(spec, directory=tmp_path / "s")
+    assert told(again)["cells"] == told(result)["cells"]
+    events = [json.loads(line) for line in (result.directory / "events.jsonl").read_text().splitlines()]
+    first, second = (
+        i for i, event in enumerate(events) if event.get("name") == "sweep s" and event["event"] == "begin"
+    )
+    assert not [event for event in events[second:] if event["event"] == "train_step"], "nothing was trained anew"
+    assert [event for event in events[first:second] if event["event"] == "train_step"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("halving", [None, {"first": 0.4}])
 def test_a_sweep_that_is_killed_at_any_moment_comes_to_the_same(
@@ -172,8 +193,13 @@ def test_a_preference_stage(make_spec, recipe, tmp_path):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"axes": {"lora.rnk": [1]}}, ["unknown key 'rnk'", "did you mean 'rank'"]),
-        ({"axes": {"lora.rank": [-1]}}, ["at least 1", "-1"]),
+        ({"axes": {"lora.rnk": [1]}}, ["axes: lora.rnk: unknown key 'rnk'", "did you mean 'rank'"]),
+        ({"axes": {"lora.rank": [-1]}}, ["axes: lora.rank: expected at least 1", "-1"]),
+        ({"axes": {"max_length": [2]}}, ["axes: max_length: expected at least 8"]),
+        ({"set": {"rank": 4}}, ["set: rank: unknown key 'rank' here; it belongs under lora"]),
+        ({"tune": {"stages.colours.train.epochs": [0]}}, ["tune: stages.1.train.epochs: expected more than 0"]),
+        ({"axes": {"stages.colors.lora.rank": [1]}}, ["axes: stages.colors.lora.rank: there is no 'colors'"]),
+        ({"axes": {"stages": {"colours": 1}}}, ["axes: stages"]),
         ({"stage": "colors"}, ["no stage 'colors'", "earlier, colours", "did you mean 'colours'"]),
         ({"recipe": "no.yaml"}, ["there is no recipe"]),
         ({"set": {"stages.colors.lora.rank": 2}}, ["colors", "did you mean 'colours'"]),

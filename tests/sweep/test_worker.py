@@ -118,6 +118,76 @@ def test_a_training_that_blows_up_is_an_outcome(make_spec, rate):
         assert found.trainable > 0
 
 
+def checkpoints(worker):
+    return sorted(path.parent.parent.name for path in worker.cache.root.glob("*.work/scratch/step-*"))
+
+
+def test_of_a_training_that_blew_up_no_checkpoint_is_left(make_spec):
+    settings = {"train.learning_rate": 1e30, "train.max_grad_norm": 0, "train.scheduler": "constant"}
+    spec = make_spec(set={"train.max_steps": 12, **settings})
+    worker = Worker(spec)
+    (cell,) = cells(spec)
+    found = worker.work(Work(cell))
+    assert found.state == "diverged"
+    assert found.step > 1, "there was a checkpoint"
+    assert checkpoints(worker) == []
+    assert not list(worker.cache.root.glob("*.work"))
+    assert worker.work(Work(cell)) == found
+
+
+def test_a_training_that_was_stopped_goes_on_until_it_is_forgotten(make_spec):
+    worker = Worker(make_spec())
+    cell = Cell({"lora.rank": 2}, 0)
+    paused = worker.work(Work(cell, pause=0.5))
+    assert len(checkpoints(worker)) == 1
+    again = Worker(make_spec())
+    again.trainer.train = None
+    assert again.work(Work(cell, pause=0.5)) == paused, "nothing was trained for it"
+    worker.forget(paused)
+    assert checkpoints(worker) == []
+    assert not list(worker.cache.root.glob("*.work"))
+    assert again.work(Work(cell, pause=0.5)) == paused, "it is known what it came to"
+    del again.trainer.train
+    whole = again.work(Work(cell))
+    assert (whole.state, paused.validation[0] in whole.validation) == ("done", True)
+
+
+def test_checkpoints_of_a_run_are_left_to_it(make_spec, recipe, tmp_path, monkeypatch):
+    from lorchestra.train.loop import Loop
+
+    step = Loop._step
+
+    def stop(self, number):
+        if self.name == "colours" and number == 1:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(Recipe.load(recipe), directory=tmp_path / "run")
+    worker = Worker(make_spec())
+    (begun,) = checkpoints(worker)
+    cell = Cell({"lora.rank": 2}, 0)
+    paused = worker.work(Work(cell, pause=0.5))
+    assert paused.digest.startswith(begun.removeprefix("stage-").removesuffix(".work")), "it is the same training"
+    worker.forget(paused)
+    assert checkpoints(worker) == [begun]
+
+
+def test_checkpoints_that_another_process_is_at_are_left(make_spec):
+    from filelock import FileLock
+
+    worker = Worker(make_spec())
+    paused = worker.work(Work(Cell({"lora.rank": 2}, 0), pause=0.5))
+    (begun,) = checkpoints(worker)
+    with FileLock(worker.cache.root / begun.replace(".work", ".lock")):
+        worker.forget(paused)
+        assert checkpoints(worker) == [begun]
+    worker.forget(paused)
+    assert checkpoints(worker) == []
+
+
 @pytest.mark.slow
 def test_what_a_recipe_leaves_open_is_settled_from_the_cells_own_examples(tmp_path, tiny_dir):
     path = write_colours(tmp_path, tiny_dir, 1000)

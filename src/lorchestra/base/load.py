@@ -13,7 +13,7 @@ from lorchestra.base.fingerprint import fingerprint
 from lorchestra.base.home import home
 from lorchestra.base.locate import file_sha256, locate
 from lorchestra.base.lock import locked
-from lorchestra.base.nf4 import NF4, keep_as_packed, refuse_quantised, require_bitsandbytes, settings
+from lorchestra.base.nf4 import NF4, hush, keep_as_packed, refuse_quantised, require_bitsandbytes, settings
 from lorchestra.base.reading import absent, read_json, reading
 from lorchestra.errors import NotHereError, SourceError, UserError
 from lorchestra.events import SILENT, Reporter
@@ -191,6 +191,7 @@ def _loaded(directory: Path, kind: NumberFormat, device: torch.device) -> tuple[
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    hush()
     # Packed on the device, weight by weight: the plain model need not fit there.
     how = {"quantization_config": settings(kind.dtype), "device_map": {"": device}} if kind.quantised else {}
     try:

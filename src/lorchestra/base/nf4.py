@@ -46,12 +46,15 @@ def refuse_quantised(directory: Path) -> None:
         )
 
 
+def hush() -> None:
+    """Where bitsandbytes is installed, accelerate imports it, and it says that a CPU kernel could be had from a hub."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def settings(dtype: torch.dtype) -> Any:
     """transformers' ``BitsAndBytesConfig``: NF4 with double quantisation, multiplying in ``dtype``."""
     from transformers import BitsAndBytesConfig
 
-    # It says at every start that a faster CPU kernel could be fetched from a hub.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=NF4, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )

@@ -80,11 +80,12 @@ def sweep(
 def _show(result: SweepResult) -> None:
     from rich.table import Table
 
+    from lorchestra.report.values import metric_name
     from lorchestra.sweep.cells import called
 
     console = terminal.console(markup=False)
     axes = list(result.spec.axes)
-    metric = next((row.metric for row in result.rows if row.metric), "").replace("_", " ")
+    metric = metric_name(next((row.metric for row in result.rows if row.metric), ""))
     table = Table(
         *(axis.rpartition(".")[2] for axis in axes), "runs", "validation", "over seeds", "gradient", "over seeds",
         *((f"test {metric}", "95 %") if metric else ()), "gap", "rises", "parameters", "time", box=None,
@@ -123,9 +124,9 @@ def _cells(row: Row, axes: list[str], tested: bool) -> list[str]:
         spread,
         *(test if tested else ()),
         _number(row.gap, "+.3f"),
-        "no" if row.onset is None else f"from epoch {row.onset:.1f}",
+        "–" if not row.done else "no" if row.onset is None else f"from epoch {row.onset:.1f}",
         f"{row.trainable:,}",
-        duration(row.seconds),
+        duration(row.seconds) if row.done else "–",
     ]
 
 

@@ -105,6 +105,30 @@ class StepCache:
         """Where the finished step is, or will be."""
         return self.root / f"{kind}-{digest[:24]}"
 
+    def work(self, kind: str, digest: str) -> Path:
+        """Where an unfinished step is made."""
+        final = self.path(kind, digest)
+        return final.with_name(final.name + ".work")
+
+    def _lock(self, kind: str, digest: str) -> Path:
+        final = self.path(kind, digest)
+        return final.with_name(final.name + ".lock")
+
+    def abandon(self, kind: str, digest: str) -> None:
+        """Remove what an unfinished step would go on from; not while another process is at it."""
+        work = self.work(kind, digest)
+        if not work.exists():
+            return
+        lock = FileLock(self._lock(kind, digest))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return
+        try:
+            discard(work)
+        finally:
+            lock.release()
+
     def lookup(self, kind: str, digest: str) -> Step | None:
         """The finished step, if it is there."""
         directory = self.path(kind, digest)
@@ -143,11 +167,11 @@ class StepCache:
         final = self.path(kind, digest)
         with storage(final):
             self.root.mkdir(parents=True, exist_ok=True)
-            with locked(final.with_name(final.name + ".lock"), f"{kind} {digest[:12]}", waiting):
+            with locked(self._lock(kind, digest), f"{kind} {digest[:12]}", waiting):
                 found = self.lookup(kind, digest)
                 if found is not None:
                     return found
-                work = final.with_name(final.name + ".work")
+                work = self.work(kind, digest)
                 if not (work / MARKER).exists():  # else killed between the marker and the rename: all is there
                     (work / SCRATCH).mkdir(parents=True, exist_ok=True)
                     _clear(work)

@@ -86,9 +86,9 @@ class Document:
         return cls(str(path), text, _plain_values(tree, (), str(path), places), places)
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> Document:
-        """Values that have no file."""
-        return cls("recipe", "", values, {})
+    def of(cls, values: dict[str, Any], name: str = "recipe") -> Document:
+        """Values that have no file; messages call them ``name``."""
+        return cls(name, "", values, {})
 
     def override(self, override: str) -> Location:
         """Apply ``stages.0.train.epochs=1`` (or ``stages.NAME.…``); the value is YAML. Returns the place.

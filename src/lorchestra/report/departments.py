@@ -7,7 +7,7 @@ from typing import Any
 
 from lorchestra.report.drawing import ABSENT, finite, number
 from lorchestra.report.figures import interval_strip
-from lorchestra.report.values import between, duration, mapping, measure, records, strings
+from lorchestra.report.values import between, duration, mapping, measure, metric_name, records, strings
 from lorchestra.report.write import clean, document
 
 
@@ -34,7 +34,7 @@ def _view(data: Mapping[str, Any]) -> dict[str, Any]:
         "unfinished": f"{len(departments)} of {total} are done" if finite(total) and len(departments) < total else "",
         "summary": f"{done} of {len(departments)} delivered",
         "context": context,
-        "metric": metrics[0].replace("_", " ") if len(metrics) == 1 else "",
+        "metric": metric_name(metrics[0]) if len(metrics) == 1 else "",
         "rows": [
             _row(name, found, tests[name], spans, context, len(metrics) > 1) for name, found in departments.items()
         ],
@@ -82,7 +82,7 @@ def _row(
         "examples": number(mapping(found.get("examples")).get("train")),
         "before": number(found.get("before"), 4),
         "after": number(found.get("after"), 4),
-        "metric": f" ({metric.replace('_', ' ')})" if named and metric else "",
+        "metric": f" ({metric_name(metric)})" if named and metric else "",
         "base": measure(models["base"].get("estimate"), metric) if metric else ABSENT,
         "shared": measure(models["shared"].get("estimate"), metric) if metric else ABSENT,
         "delivered": measure(models["delivered"].get("estimate"), metric) if metric else ABSENT,

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorchestra.report.drawing import ABSENT, finite, number
 from lorchestra.report.figures import Line, interval_strip, line_chart
-from lorchestra.report.values import between, duration, mapping, measure, percent, records
+from lorchestra.report.values import between, duration, mapping, measure, metric_name, percent, records
 from lorchestra.report.write import clean, document
 
 MOST_LINES = 8  # colours of a chart
@@ -39,7 +39,7 @@ def _view(data: Mapping[str, Any]) -> dict[str, Any]:
     cells, total = len(records(data.get("cells"))), data.get("cells_in_all")
     metric = next((str(row["metric"]) for row in rows if row.get("metric")), "")
     advice = records(data.get("advice"))
-    taken = [mapping(found.get("settings")) for found in advice]
+    taken = [mapping(found["settings"]) for found in advice if found.get("settings") is not None]
     ends = [
         end for row in rows for end in (mapping(row.get("test")).get(key) for key in ("low", "high")) if finite(end)
     ]
@@ -62,7 +62,7 @@ def _view(data: Mapping[str, Any]) -> dict[str, Any]:
             for found in advice
         ],
         "axes": [axis.rpartition(".")[2] for axis in axes],
-        "metric": metric.replace("_", " "),
+        "metric": metric_name(metric),
         "base": measure(base, metric) if finite(base) else "",
         "rows": [_row(row, axes, metric, span, base, mapping(row.get("settings")) in taken) for row in rows],
         "readings": data.get("readings"),
@@ -141,7 +141,7 @@ def _charts(rows: Sequence[Mapping[str, Any]], axes: Sequence[str], metric: str)
     values = sorted({float(mapping(row.get("settings"))[across]) for row in rows})
     charts = []
     for figure, title, floor in _CHARTS:
-        title = title.format(metric=metric.replace("_", " "))
+        title = title.format(metric=metric_name(metric))
         lines = [
             Line.of(
                 name or across.rpartition(".")[2],

@@ -19,6 +19,11 @@ METRICS = {
 LOWER_IS_BETTER = {"nll", "loss_ratio"}
 
 
+def metric_name(metric: str) -> str:
+    """``loss``, ``accuracy``, ``preference accuracy``: a metric in a heading."""
+    return "loss" if metric == "nll" else metric.replace("_", " ")
+
+
 def duration(seconds: Any) -> str:
     """``2 h 05 min``, ``3 min 07 s``, ``4.2 s``."""
     if not finite(seconds):

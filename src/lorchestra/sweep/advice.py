@@ -52,14 +52,16 @@ def advise(rows: Sequence[Row], examples: Mapping[str, int]) -> Advice:
     able = [row for row in rows if row.validation is not None and not row.diverged and row.worse < row.runs]
     seeds = max((len(row.losses) for row in able), default=0)
     whole = [row for row in able if len(row.losses) == seeds]
-    rests = _rests_on(seeds, examples)
+    rests = _rests_on(seeds, any(row.stopped for row in rows), examples)
     if not whole:
         return Advice(None, None, f"No setting can be recommended: {_why_none(rows)}.", rests)
     best = min(whole, key=_loss)
     alike = [row for row in whole if _told_apart(row, best) is False]
     taken = min(alike, key=lambda row: (row.trainable, _loss(row)))
     number = counted(round(taken.examples), "training example")
-    if taken is best:
+    if not taken.settings:
+        text = f"There is one setting alone, for {number}: its validation loss is {_loss(taken):.3f}"
+    elif taken is best:
         tied = counted(len(alike) - 1, "setting that is not smaller", "settings that are not smaller")
         others = f", and {tied} cannot be told from it" if len(alike) > 1 else ""
         text = f"For {number} take {_named(taken)}: it has the lowest validation loss, {_loss(taken):.3f}{others}"
@@ -74,7 +76,7 @@ def advise(rows: Sequence[Row], examples: Mapping[str, int]) -> Advice:
 
 def _named(row: Row) -> str:
     """``rank 8, scaling rslora``."""
-    return ", ".join(called(row.settings)) or "it"
+    return ", ".join(called(row.settings))
 
 
 def _why_none(rows: Sequence[Row]) -> str:
@@ -90,21 +92,23 @@ def _loss(row: Row) -> float:
 
 
 def _told_apart(row: Row, best: Row) -> bool:
-    """Whether the mean difference over seeds is more than its standard error."""
+    """Whether the mean difference over seeds is more than its standard error; without a common seed it is taken so."""
     both = [seed for seed in row.losses if seed in best.losses]
     differences = [row.losses[seed] - best.losses[seed] for seed in both]
     if not any(differences):
-        return False
+        return not both
     error = stdev(differences) / sqrt(len(differences)) if len(differences) > 1 else 0.0
     return fmean(differences) > error
 
 
-def _rests_on(seeds: int, examples: Mapping[str, int]) -> str:
+def _rests_on(seeds: int, halved: bool, examples: Mapping[str, int]) -> str:
+    """``halved``: trainings were stopped early, so that a setting may have fewer seeds than it began with."""
     held = counted(examples.get("validation", 0), "validation example")
     test = f" and {counted(examples['test'], 'test example')}" if examples.get("test") else ""
     text = (
         f"It rests on {counted(seeds, 'seed')}, {held}{test} of one task with one base; another task may want another."
     )
     if seeds < FEW_SEEDS:
-        text += " With so few seeds the spread between them is hardly known: give at least three (seeds: 3)."
+        more = "train those that lead again, without halving" if halved else "give at least three (seeds: 3)"
+        text += f" With so few seeds the spread between them is hardly known: {more}."
     return text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,12 +121,36 @@ def recipe_of(spec: SweepSpec, cell: Cell) -> Recipe:
         if (place := _place(name, key)) in places:
             raise RecipeError(f"{places[place]} and {key} are the same key of the recipe; keep one of them")
         places[place] = key
-    overrides = [_override(name, key, value) for key, value in settings.items() if key not in DATA_KEYS]
-    recipe = Recipe.load(path, overrides)
+    given = {_override(name, key, value): key for key, value in settings.items() if key not in DATA_KEYS}
+    overrides = list(given)
+    try:
+        recipe = Recipe.load(path, overrides)
+    except RecipeError as error:
+        raise RecipeError("\n".join(_blamed(spec, given, line) for line in str(error).splitlines())) from None
     derived = _derived(spec, recipe.lora_of(recipe.stage(name)))
     if derived:
         recipe = Recipe.load(path, [*overrides, *(_override(name, key, value) for key, value in derived.items())])
     return recipe
+
+
+def _blamed(spec: SweepSpec, given: Mapping[str, str], line: str) -> str:
+    """A line of a recipe's message, at the key of the specification instead of ``--set …``.
+
+    Args:
+        spec: the specification.
+        given: override → the key it was made of.
+        line: ``--set stages.clinic.lora.rnk=4: stages.1.lora.rnk: unknown key …``.
+    """
+    for override, key in given.items():
+        if (head := f"--set {override}: ") in line:
+            section = next(name for name in ("axes", "tune", "set") if key in getattr(spec, name))
+            path, colon, said = line.split(head, 1)[1].partition(": ")
+            if " " in path:  # not a place, but the beginning of a sentence
+                path, said = key, path + colon + said
+            if is_of_stage(key):
+                path = re.sub(r"^stages\.\d+\.", "", path)
+            return f"{section}: {path}: {said}"
+    return line
 
 
 def _derived(spec: SweepSpec, lora: LoraSettings) -> dict[str, Any]:

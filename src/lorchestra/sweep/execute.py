@@ -15,6 +15,7 @@ from lorchestra.errors import RecipeError
 from lorchestra.events import SILENT, Reporter
 from lorchestra.pipeline.cache import write_json
 from lorchestra.report.sweep import render_sweep
+from lorchestra.report.values import metric_name
 from lorchestra.sweep.advice import Advice, advise
 from lorchestra.sweep.cells import (
     Cell,
@@ -149,6 +150,8 @@ class _Sweep:
             for cell, outcome in self._told(f"sweep {spec.name}", halved(work, spec.halving, run), len(todo)):
                 self.found[cell] = outcome
                 self._write(todo, tuned, folds, cell)
+                if outcome.state == "stopped":
+                    worker.forget(outcome)
         start = worker.start(first) if folds is None and all(map(_leaves_the_start, spec.axes)) else None
         return self._write(todo, tuned, folds, todo[0], start, worker.readings(first))
 
@@ -261,5 +264,5 @@ def _line(outcome: Outcome) -> str:
         return f"stopped after {outcome.step} of {outcome.steps} steps"
     parts = [] if outcome.validation_loss is None else [f"validation loss {outcome.validation_loss:.3f}"]
     if outcome.test is not None:
-        parts.append(f"test {outcome.test.metric.replace('_', ' ')} {outcome.test.score:.3f}")
+        parts.append(f"test {metric_name(outcome.test.metric)} {outcome.test.score:.3f}")
     return ", ".join([*parts, f"{outcome.seconds:.0f} s"])

@@ -17,6 +17,7 @@ from lorchestra.train.settings import Positive, Settings
 
 # Keys of ours beside those of the recipe: what is done to the training examples of the stage.
 DATA_KEYS = ("data.size", "data.noise", "data.imbalance")
+IDLE = ("name", "fusion", "evaluate", "deliver")  # keys of a recipe that come after its stages
 RANKS = (4, 8, 16, 32)  # of a sweep that was asked for without axes: the article's table
 NAME_RULE = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
@@ -106,7 +107,7 @@ class SweepSpec(Settings):
         path = Path(path)
         document = Document.read(path)
         if "stages" in document.values:
-            document = Document.of({"recipe": path.name})
+            document = Document.of({"recipe": path.name}, "sweep")
         document.values.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-") or "sweep")
         for override in overrides:
             document.override(override)
@@ -117,7 +118,7 @@ class SweepSpec(Settings):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], directory: Path | None = None) -> SweepSpec:
         """From plain values; ``recipe`` is relative to ``directory``."""
-        spec = cls._checked(Document.of(dict(values)))
+        spec = cls._checked(Document.of(dict(values), "sweep"))
         spec._directory = (directory or Path()).resolve()
         return spec
 
@@ -147,6 +148,8 @@ class SweepSpec(Settings):
     @field_validator("halving", "anchor", mode="before")
     @classmethod
     def _switched_on(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, bool | Mapping | Settings):
+            raise ValueError(f"expected true, or its settings (key: value), got {shown(value)}")
         return {} if value is True else None if value is False else value
 
     @model_validator(mode="after")
@@ -161,6 +164,11 @@ class SweepSpec(Settings):
                     raise ValueError(f"{section}: seeds have a key of their own here: seeds: [0, 1, 2]")
         for section, lists in (("axes", self.axes), ("tune", self.tune)):
             for key, values in lists.items():
+                if (first := key.split(".")[0]) in IDLE:
+                    raise ValueError(
+                        f"{section}: {key} changes nothing here: a sweep trains one stage and judges it alone, {first} "
+                        "comes after that"
+                    )
                 if not values:
                     raise ValueError(f"{section}: {key} has no values")
                 if any(value in values[:k] for k, value in enumerate(values)):

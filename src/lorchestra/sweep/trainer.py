@@ -8,13 +8,15 @@ from lorchestra.base.home import home
 from lorchestra.base.load import choose_device, choose_format
 from lorchestra.evaluate.score import Domain, Kind, Scores, make_domain, score
 from lorchestra.events import SILENT, Reporter
-from lorchestra.pipeline.cache import StepCache
+from lorchestra.pipeline.cache import SCRATCH, StepCache, storage
 from lorchestra.pipeline.lazy import LazyBase
 from lorchestra.pipeline.prepare import Prepared
 from lorchestra.pipeline.training import Trained, context_of, load_trained, stage_digest, stage_inputs, train
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.train.context import final_weights
 from lorchestra.train.stage import StageInputs
+
+BEGUN_HERE = "begun-by-a-sweep"  # beside the checkpoints of a training
 
 
 class Trainer:
@@ -76,8 +78,18 @@ class Trainer:
         step = self.cache.lookup("stage", digest)
         if step is not None:
             return load_trained(step, inputs, prepared.base)
+        work = self.cache.work("stage", digest)
+        if not work.exists():
+            with storage(work):
+                (work / SCRATCH).mkdir(parents=True, exist_ok=True)
+                (work / SCRATCH / BEGUN_HERE).touch()
         logs = home() / "logs" / f"sweep-{digest[:12]}"
         return train(prepared, inputs, base, self.cache, digest, self.reporter, logs, pause)
+
+    def abandon(self, digest: str) -> None:
+        """Remove the checkpoints of a training that goes no further, but for one that a run had begun."""
+        if (self.cache.work("stage", digest) / SCRATCH / BEGUN_HERE).exists():
+            self.cache.abandon("stage", digest)
 
     def scored(self, inputs: StageInputs, domain: Domain, base: LazyBase, adapter: Adapter | None = None) -> Scores:
         """Scores of base and context, and of ``adapter`` on top of them."""

@@ -123,17 +123,24 @@ class Worker:
             scale=inputs.lora.scale, learning_rate=inputs.train.learning_rate, digest=trains,
         )  # fmt: skip
         ours = self._is_ours(trains)
+        rung = None if piece.pause is None else step_digest("rung", VERSION, {"pause": piece.pause}, {"stage": trains})
+        if rung and not self.cache.lookup("cell", digest) and (paused := self.cache.lookup("rung", rung)):
+            return _at_rung(known, paused.info)
         try:
             with self.inside.task(cell.name):
                 step = self.cache.build("cell", digest, lambda work: self._make(
                     work, prepared, inputs, domain, base, digest, trains, piece.pause
                 ), self.reporter.say)  # fmt: skip
-        except PausedError as paused:
-            row = (paused.step, paused.loss)
-            return replace(known, state="stopped", step=paused.step, steps=paused.steps, validation=(row,))
+        except PausedError as pause:
+            assert rung is not None  # nothing else pauses
+            place = {"step": pause.step, "steps": pause.steps, "loss": pause.loss}
+            self.cache.abandon("cell", digest)
+            return _at_rung(known, self.cache.build("rung", rung, lambda work: place, self.reporter.say).info)
         found = Outcome.from_dict(
             known.as_dict() | json.loads((step.directory / "outcome.json").read_text(encoding="utf-8"))
         )
+        if found.state == "diverged":
+            self.trainer.abandon(trains)
         if self.spec.keep_adapters and found.state == "done":
             self.trainer.train(prepared, inputs, base, trains)  # it is there, but where an earlier sweep kept none
         elif piece.judged and ours and not step.cached:
@@ -141,7 +148,9 @@ class Worker:
         return found
 
     def forget(self, outcome: Outcome) -> None:
-        """Remove the adapter of a training that was made to choose settings by, and was not chosen."""
+        """Remove what is left of a training that goes no further: its checkpoints if it was stopped, its adapter if it
+        was made to choose settings by and was not chosen."""
+        self.trainer.abandon(outcome.digest)
         if self._is_ours(outcome.digest) and not self.spec.keep_adapters:
             discard(self.cache.path("stage", outcome.digest))
 
@@ -252,6 +261,12 @@ class Worker:
 
 def _cell_digest(trains: str, domain: Domain | None) -> str:
     return step_digest("cell", VERSION, {}, {"stage": trains, "test": domain.digest if domain else None})
+
+
+def _at_rung(known: Outcome, place: Mapping[str, Any]) -> Outcome:
+    """A cell where it pauses."""
+    row = (place["step"], place["loss"])
+    return replace(known, state="stopped", step=place["step"], steps=place["steps"], validation=(row,))
 
 
 def _worker(values: dict[str, Any], directory: Path, folds: int | None) -> Worker:
