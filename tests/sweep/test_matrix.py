@@ -351,6 +351,7 @@ def test_what_fails_late_fails_alone(hospital, tmp_path):
     page = (tmp_path / "run/departments.html").read_text()
     assert "broken.jsonl:2" in page
     assert result.remarks["wild"][0] == told["wild"]["reason"]
+    assert not list((tmp_path / "home/steps").glob("stage-*.work")), "no checkpoint of it is left"
 
 
 def test_the_command(hospital, lorchestra, tmp_path):  # noqa: F811

@@ -1,4 +1,4 @@
-"""``lorchestra run RECIPE --matrix departments.csv``: one last stage a row, one table."""
+"""``lorchestra run`` and ``plan RECIPE --matrix departments.csv``: one last stage a row, one table."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lorchestra.errors import counted
 if TYPE_CHECKING:
     from lorchestra.sweep.matrix.execute import MatrixResult
     from lorchestra.sweep.matrix.outcome import Outcome
+    from lorchestra.sweep.matrix.plan import MatrixPlan, PlannedDepartment
 
 
 def run_departments(
@@ -49,8 +50,63 @@ def run_departments(
         raise typer.Exit(1)
 
 
+def plan_departments(recipe: Path, table: Path, overrides: list[str] | None, as_json: bool) -> None:
+    """Show what the matrix would do; exit code 1 if a department could not be delivered as it is."""
+    from lorchestra.sweep.matrix.rows import Matrix
+
+    matrix = Matrix.load(table, recipe, overrides or ())
+    from lorchestra.sweep.matrix.plan import plan_matrix
+
+    found = plan_matrix(matrix)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        _show_plan(found)
+    if found.failed:
+        raise typer.Exit(1)
+
+
+def _show_plan(found: MatrixPlan) -> None:
+    from rich.padding import Padding
+
+    from lorchestra.cli.recipe_view import plain_table, show_steps, show_total
+
+    out = console(markup=False)
+    marked = console()
+    show_steps(marked, found.plan, found.plan.steps[: found.shared], "`lorchestra run` does, or put it there")
+    columns = ("department", "state", "examples", "rank", "steps", "trainable", "time", "memory", "remarks")
+    marked.print(plain_table(columns, [_planned(row) for row in found.departments], left=2))
+    out.print()
+    for row in found.departments:
+        for line in row.note.splitlines() if row.state != "trained" else ():
+            out.print(Padding(f"{row.name}: {line}", (0, 0, 0, 2), expand=False))
+    if any(row.warnings for row in found.departments):
+        out.print("warnings about the data: with --json, and with the run")
+    for line in found.left_out:
+        out.print(f"note: {line}")
+    show_total(marked, found.plan)
+
+
+def _planned(row: PlannedDepartment) -> tuple[str, ...]:
+    from rich.markup import escape
+
+    from lorchestra.cli.recipe_view import STATES, about, count, gigabytes
+
+    state = f"[{STATES[row.state]}]{row.state}[/]" if row.state in STATES else row.state
+    look = row.outlook
+    seen = ("", "", "", "")
+    if look is not None:
+        rank = "from the examples" if look.rank is None else str(look.rank)
+        seen = (count(look.examples.get("train")), rank, count(look.steps), count(look.trainable))
+    time = "" if row.seconds is None else "–" if row.state in ("cached", "diverged") else about(row.seconds)
+    remarks = counted(len(row.warnings), "warning") if row.warnings else ""
+    return (escape(row.name), state, *seen, time, gigabytes(row.memory), remarks)
+
+
 def _show(result: MatrixResult) -> None:
     from rich.table import Table
+
+    from lorchestra.report.values import metric_name
 
     out = console(markup=False)
     metrics = list(dict.fromkeys(outcome.test.metric for outcome in result.outcomes if outcome.test))
@@ -66,7 +122,7 @@ def _show(result: MatrixResult) -> None:
         table.add_row(*row)
     out.print(table)
     if metrics:
-        names = " or ".join(name.replace("_", " ") for name in metrics)
+        names = " or ".join(map(metric_name, metrics))
         lower = ", lower is better" if metrics == ["nll"] else ""
         out.print(f"base, delivered: {names} on the department's sealed test{lower}; intervals are 95 %")
     done = len(result.outcomes) - len(result.failed)
@@ -86,11 +142,13 @@ def _validation(outcome: Outcome) -> str:
 
 
 def _test(outcome: Outcome, context: bool, named: bool) -> list[str]:
+    from lorchestra.report.values import metric_name
+
     test = outcome.test
     if test is None:
         return ["–" if outcome.state == "done" else ""] * (4 if context else 3)
     delivered, over = test.models["delivered"], test.over_shared if context else test.over_base
-    metric = f" ({test.metric.replace('_', ' ')})" if named else ""
+    metric = f" ({metric_name(test.metric)})" if named else ""
     models = [f"{test.models['base'].estimate:.3f}{metric}"]
     models += [f"{test.models['shared'].estimate:.3f}"] if context else []
     return [

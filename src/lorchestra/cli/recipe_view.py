@@ -33,7 +33,10 @@ METRICS = {
     "preference_accuracy": "preferred",
     "loss_ratio": "loss / base",
 }
-STATES = {"cached": "green", "here": "green", "begun": "cyan", "to fetch": "yellow"}
+STATES = {
+    "cached": "green", "here": "green", "begun": "cyan", "trained": "cyan", "to fetch": "yellow", "failed": "red",
+    "diverged": "red",
+}  # fmt: skip
 
 
 def show_result(result: RunResult) -> None:
@@ -108,37 +111,49 @@ def _short(path: Path) -> str:
 def show_plan(plan: Plan) -> None:
     """The steps in order, and what they will cost."""
     out = console()
+    show_steps(out, plan, plan.steps, "`lorchestra check` fetches it")
+    show_total(out, plan)
+
+
+def show_steps(out: Console, plan: Plan, shown: Sequence[PlannedStep], fetching: str) -> None:
+    """What it is about, what is missing, and the steps ``shown``; ``fetching`` says how to get what is missing."""
     size = f", {plan.parameters:,} parameters" if plan.parameters else ""
     out.print(f"[bold]{plan.recipe}[/] on {escape(plan.base)}{size}, {plan.dtype} on {plan.device}")
-    missing = [step for step in plan.steps if step.state == "to fetch"]
+    missing = [step for step in shown if step.state == "to fetch"]
     if missing:
-        out.print("Not here yet, so that neither times nor all numbers can be told (`lorchestra check` fetches it):")
+        out.print(f"Not here yet, so that neither times nor all numbers can be told ({fetching}):")
         for step in missing:
             _indented(out, f"{step.name}: {step.note.removeprefix('source ')}")
     out.print()
     steps = []
-    for step in plan.steps:
+    for step in shown:
         state = f"[{STATES[step.state]}]{step.state}[/]" if step.state in STATES else step.state
         after = escape(", ".join(name for name in step.needs if not name.startswith("data:")))
-        steps.append((escape(step.name), after, state, _time(step), _bytes(step.memory)))
-    out.print(_table(("step", "after", "state", "time", "memory"), steps, left=3))
+        steps.append((escape(step.name), after, state, _time(step), gigabytes(step.memory)))
+    out.print(plain_table(("step", "after", "state", "time", "memory"), steps, left=3))
     out.print()
-    stages = [(escape(step.name), *_outlook(step.outlook)) for step in plan.steps if step.outlook is not None]
-    out.print(_table(("stage", "examples", "steps", "trainable", "scale", "tokens to learn"), stages, left=1))
-    out.print()
+    stages = [(escape(step.name), *_outlook(step.outlook)) for step in shown if step.outlook is not None]
+    if stages:
+        out.print(plain_table(("stage", "examples", "steps", "trainable", "scale", "tokens to learn"), stages, left=1))
+        out.print()
     _show_suggestions(out, plan.suggestions)
-    for step in plan.steps:
+    for step in shown:
         if step.note and step.state not in ("cached", "to fetch"):
             out.print(Text(f"{step.name}: {step.note}"))
+
+
+def show_total(out: Console, plan: Plan) -> None:
+    """What is left to spend, and how that is known."""
+    missing = [step for step in plan.steps if step.state == "to fetch"]
     if plan.seconds is not None and not all(step.finished for step in plan.steps):
-        needs = f", at most about {_bytes(plan.memory)} of memory" if plan.memory else ""
+        needs = f", at most about {gigabytes(plan.memory)} of memory" if plan.memory else ""
         left = f"about {duration(plan.seconds)}" if plan.seconds >= 1 else "less than a second"
         out.print(f"[bold]{left} to go{needs}[/]")
-    for note in () if missing else plan.notes:
+    for note in () if missing and plan.seconds is None else plan.notes:
         out.print(Text(note, style="dim"))
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> Table:
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> Table:
     """Plain columns, without those that are empty; the first ``left`` are texts (the second may wrap), then numbers."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     filled = [i for i in range(len(columns)) if any(row[i] for row in rows)]
@@ -153,10 +168,11 @@ def _outlook(outlook: Outlook) -> tuple[str, ...]:
     rank = "r from the examples" if outlook.rank is None else f"r {outlook.rank}"
     scale = f"{'' if outlook.scale is None else f'{outlook.scale:.3g} '}({rank}, {outlook.scaling})"
     counts = (outlook.examples.get("train"), outlook.steps, outlook.trainable)
-    return (*map(_count, counts), scale, _count(outlook.supervised))
+    return (*map(count, counts), scale, count(outlook.supervised))
 
 
-def _count(value: int | None) -> str:
+def count(value: int | None) -> str:
+    """``12,345``; nothing of what is not known."""
     return "" if value is None else f"{value:,}"
 
 
@@ -167,10 +183,16 @@ def _time(step: PlannedStep) -> str:
         return ""
     if step.kind == "data":
         return duration(step.seconds)  # just measured
-    return f"~ {duration(step.seconds)}" if step.seconds >= 0.5 else "< 1 s"
+    return about(step.seconds)
 
 
-def _bytes(value: float | None) -> str:
+def about(seconds: float) -> str:
+    """An estimate: ``~ 3 min``."""
+    return f"~ {duration(seconds)}" if seconds >= 0.5 else "< 1 s"
+
+
+def gigabytes(value: float | None) -> str:
+    """``1.2 GB``; nothing of what is not known."""
     return "" if value is None else f"{value / 1e9:.1f} GB"
 
 

@@ -111,7 +111,15 @@ def run(
     show_result(result)
 
 
-def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) -> None:
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    matrix: Annotated[
+        Path | None,
+        typer.Option("--matrix", metavar="TABLE", help="Departments, as `run` takes them.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Show what `run` would do: the steps, what is cached, time, memory, trainable parameters.
 
     Nothing is fetched and nothing is trained. Times and memory are estimates.
@@ -121,7 +129,14 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False)
     `lorchestra plan recipe.yaml`
 
     `lorchestra plan recipe.yaml --set lora.rank=16 --json`
+
+    `lorchestra plan recipe.yaml --matrix departments.csv`
     """
+    if matrix is not None:
+        from lorchestra.cli.departments import plan_departments
+
+        plan_departments(recipe, matrix, overrides, as_json)
+        return
     loaded = _load(recipe, overrides)
     from lorchestra.pipeline.plan import plan as look_ahead
 

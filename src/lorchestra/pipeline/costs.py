@@ -137,6 +137,12 @@ class Costs:
         seconds, supervised = self._scoring("validation", fusion.validation_limit)
         return Cost(count * seconds, scoring_memory(self.shape, self._numbers(self.recipe.members), supervised))
 
+    def judging(self, limit: int | None, models: int) -> Cost:
+        """Of ``models`` models, one after the other, on the sealed tests of all data that are prepared."""
+        seconds, supervised = self._scoring("test", limit)
+        memory = scoring_memory(self.shape.plain, self._numbers(self.recipe.members), supervised)
+        return Cost(models * seconds, memory)
+
     def fuse(self) -> Cost:
         """Of the fused adapter: read, multiplied, written."""
         numbers = self._numbers(self.recipe.members)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.base.home import home
 from lorchestra.base.load import choose_device, choose_format, prepare_base
-from lorchestra.base.locate import NotHereError, locate
+from lorchestra.base.locate import NotHereError
 from lorchestra.data.load import load_examples
 from lorchestra.data.split import split
 from lorchestra.events import SILENT
@@ -33,9 +33,9 @@ from lorchestra.pipeline.refitting import acting, refit_inputs
 from lorchestra.pipeline.training import Trained, context_of, load_trained, mixed_inputs, stage_digest, stage_inputs
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.recipe.sections import Stage
-from lorchestra.recipe.sources import expand
+from lorchestra.recipe.sources import expand, is_here
 from lorchestra.recipe.suggestions import Suggestion
-from lorchestra.recipe.unexpanded import as_written
+from lorchestra.recipe.unexpanded import as_written, mask_of
 from lorchestra.train.stage import StageInputs
 
 State = Literal["here", "to fetch", "each run", "cached", "begun", "to do"]
@@ -127,11 +127,11 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
     """
     recipe.check_sources()
     check_publish(recipe)
-    return _Planner(recipe, machine).go()
+    return Planner(recipe, machine).go()
 
 
-class _Planner:
-    """Walks through the run without doing it."""
+class Planner:
+    """Walks through the run without doing it. Arguments as of :func:`plan`."""
 
     def __init__(self, recipe: Recipe, machine: Machine | None) -> None:
         self.recipe = recipe
@@ -149,49 +149,54 @@ class _Planner:
 
     def go(self) -> Plan:
         """All steps, then the sums."""
+        self.begin()
+        self._after(self.stages())
+        if self.recipe.deliver.publish is not None:
+            self.add(PlannedStep("publish", "publish", (self.steps[-1].name,), "each run", destination(self.recipe)))
+        return self.plan()
+
+    def begin(self) -> None:
+        """Steps of the sources and of the data."""
         directory = self._sources()
         if directory is not None:
             self.model = empty_model(directory)
             self.shape = shape_of(self.model, self.format.dtype.itemsize, bool(self.format.quantised))
         self._data()
-        self._after(self._stages())
-        if self.recipe.deliver.publish is not None:
-            self._add(PlannedStep("publish", "publish", (self.steps[-1].name,), "each run", destination(self.recipe)))
-        return self._plan()
 
     def _sources(self) -> Path | None:
         """A step for everything that is read from outside; the directory of the base, if it is here."""
         where, directory = self.recipe.directory, None
         try:
             directory = prepare_base(expand(self.recipe.base), relative_to=where, fetch=False)
-            self._add(PlannedStep("base", "source", (), "here"))
+            self.add(PlannedStep("base", "source", (), "here"))
         except NotHereError as error:
-            self._add(PlannedStep("base", "source", (), "to fetch", note=str(error)))
+            self.add(PlannedStep("base", "source", (), "to fetch", note=mask_of(self.recipe)(str(error))))
+        wanted: list[tuple[str, list[str], Literal["model", "dataset"]]]
         wanted = [(f"data:{stage.name}", [e.source for e in stage.data], "dataset") for stage in self.recipe.stages]
         extra = self.recipe.evaluate.domains
         wanted += [(f"data:{name}", [e.source for e in entries], "dataset") for name, entries in extra.items()]
         wanted += [(f"adapter:{name}", [text], "model") for name, text in self.recipe.adapters.items()]
         for name, texts, kind in wanted:
-            missing = [text for text in texts if not _is_here(text, where, kind)]
+            missing = [text for text in texts if not is_here(text, where, kind)]
             note = f"{', '.join(map(repr, missing))} has not been fetched yet" if missing else ""
-            self._add(PlannedStep(name, "source", (), "to fetch" if missing else "here", note=note))
+            self.add(PlannedStep(name, "source", (), "to fetch" if missing else "here", note=note))
         return directory
 
     def _data(self) -> None:
         """The step that reads, splits, renders and checks; it is done here and now if everything is here."""
         needs = tuple(step.name for step in self.steps)
         if any(step.state == "to fetch" for step in self.steps):
-            self._add(PlannedStep("data", "data", needs, "each run"))
+            self.add(PlannedStep("data", "data", needs, "each run"))
             return
         started = time.perf_counter()
         self.prepared = prepare(self.recipe, SILENT, fetch=False)
         self.recipe = self.prepared.recipe
-        self._add(PlannedStep("data", "data", needs, "each run", seconds=time.perf_counter() - started))
+        self.add(PlannedStep("data", "data", needs, "each run", seconds=time.perf_counter() - started))
         assert self.shape is not None  # the base is one of the sources
         self.machine = self.machine or measure(self.device, self.format.dtype, self.shape)
         self.costs = Costs(self.prepared, self.model, self.shape, self.machine)
 
-    def _stages(self) -> dict[str, Adapter]:
+    def stages(self) -> dict[str, Adapter]:
         """Steps of the stages and of the mixed baseline; the adapters that are there."""
         prepared, costs = self.prepared, self.costs
         adapters = dict(prepared.adapters) if prepared else {}
@@ -199,14 +204,14 @@ class _Planner:
         for stage in self.recipe.stages:
             needs = ("data", *(name for name in stage.context if name not in self.recipe.adapters))
             if prepared is None or costs is None:
-                outlook = outlook_of(self.recipe, stage, self.model, self._counts(stage))
-                self._add(PlannedStep(stage.name, "stage", needs, "to do", outlook=outlook))
+                outlook = outlook_of(self.recipe, stage, self.model, self.counts(stage))
+                self.add(PlannedStep(stage.name, "stage", needs, "to do", outlook=outlook))
                 continue
             outlook, cost = costs.stage(stage)
             inputs = None
             if stage.context.keys() <= adapters.keys():
                 inputs = stage_inputs(prepared, stage, context_of(self.recipe, stage, adapters))
-            trained = self._training(prepared, stage.name, needs, inputs, outlook, cost)
+            trained = self.training(prepared, stage.name, needs, inputs, outlook, cost)
             if trained is not None:
                 adapters[stage.name] = trained.adapter
                 self.trained[stage.name] = trained
@@ -215,17 +220,17 @@ class _Planner:
             names = [stage.name for stage in self.recipe.stages]
             needs = ("data", *names)
             if prepared is None or costs is None:
-                self._add(PlannedStep("mixed", "stage", needs, "to do"))
+                self.add(PlannedStep("mixed", "stage", needs, "to do"))
                 return adapters
             inputs = mixed_inputs(prepared, tokens)
             outlook, cost = costs.mixed(inputs)
             done = all(name in adapters for name in names)
-            trained = self._training(prepared, "mixed", needs, inputs if done else None, outlook, cost)
+            trained = self.training(prepared, "mixed", needs, inputs if done else None, outlook, cost)
             if trained is not None:
                 adapters["mixed"] = trained.adapter
         return adapters
 
-    def _training(
+    def training(
         self,
         prepared: Prepared,
         name: str,
@@ -237,7 +242,7 @@ class _Planner:
         """Add a training step; what it made, if it is finished. ``inputs`` is ``None`` if a stage before it is not."""
         planned = PlannedStep(name, "stage", needs, "to do", "", "", outlook, cost.seconds, cost.memory)
         if inputs is None:
-            self._add(planned)
+            self.add(planned)
             return None
         digest = stage_digest(prepared, inputs, self.device.type, str(self.format))
         planned = replace(planned, digest=digest)
@@ -246,10 +251,10 @@ class _Planner:
             trained = load_trained(step, inputs, prepared.base)
             took = float(trained.training["seconds"])
             self.ratios.append(took / cost.seconds)
-            self._add(replace(planned, state="cached", note=f"took {took:.0f} s", seconds=0.0))
+            self.add(replace(planned, state="cached", note=f"took {took:.0f} s", seconds=0.0))
             return trained
-        work = self.cache.path("stage", digest)
-        checkpoints = sorted((work.with_name(work.name + ".work") / SCRATCH).glob("step-*/progress.json"))
+        scratch = self.cache.work("stage", digest) / SCRATCH
+        checkpoints = sorted(scratch.glob("step-*/progress.json"))
         if checkpoints and outlook.steps:
             progress = json.loads(checkpoints[-1].read_text(encoding="utf-8"))
             done = int(progress["step"])
@@ -257,7 +262,7 @@ class _Planner:
             note = f"goes on after step {done} of {outlook.steps}"
             left = cost.seconds * (1 - done / outlook.steps)
             planned = replace(planned, state="begun", note=note, seconds=left)
-        self._add(planned)
+        self.add(planned)
         return None
 
     def _after(self, adapters: Mapping[str, Adapter]) -> None:
@@ -308,14 +313,14 @@ class _Planner:
             inner = [other.name for other in stages if other.name in stage.context]
             needs = ("data", stage.name, *(f"refit:{other}" for other in inner), *(n for n in after if n == "search"))
             if self.prepared is None or self.costs is None:
-                self._add(PlannedStep(name, "stage", needs, "to do"))
+                self.add(PlannedStep(name, "stage", needs, "to do"))
                 continue
             inputs, (outlook, cost) = None, self.costs.stage(stage)
             if chosen is not None and stage.name in self.trained and {*inner} <= refitted.keys():
                 training = self.trained[stage.name].training
                 inputs = refit_inputs(self.prepared, stage, training, adapters, refitted)
                 outlook, cost = self.costs.refit(inputs)
-            made = self._training(self.prepared, name, needs, inputs, outlook, cost)
+            made = self.training(self.prepared, name, needs, inputs, outlook, cost)
             if made is not None:
                 refitted[stage.name] = made.adapter
         if len(refitted) < len(stages):
@@ -328,10 +333,10 @@ class _Planner:
         planned = PlannedStep(kind, kind, needs, "cached" if step else "to do", digest=digest)
         if cost is not None:
             planned = replace(planned, seconds=0.0 if step else cost.seconds, memory=cost.memory)
-        self._add(planned)
+        self.add(planned)
         return step
 
-    def _counts(self, stage: Stage) -> dict[str, int]:
+    def counts(self, stage: Stage) -> dict[str, int]:
         """Examples by part of a stage whose data is here although something else is not; else empty."""
         try:
             loaded = [
@@ -343,10 +348,10 @@ class _Planner:
         parts = split([example for found in loaded for example in found.examples], split_spec(self.recipe)).parts()
         return {part: len(examples) for part, examples in parts}
 
-    def _add(self, step: PlannedStep) -> None:
+    def add(self, step: PlannedStep) -> None:
         self.steps.append(step)
 
-    def _plan(self) -> Plan:
+    def plan(self) -> Plan:
         ratio = median(self.ratios) if self.ratios else 1.0
         steps = [
             replace(step, seconds=step.seconds * ratio) if step.kind == "stage" and step.seconds else step
@@ -390,11 +395,3 @@ class _Planner:
                 "lower train.batch_size or max_length, or set train.gradient_checkpointing: true."
             )
         return notes
-
-
-def _is_here(text: str, where: Path, kind: Any) -> bool:
-    try:
-        locate(expand(text), relative_to=where, repo_type=kind, fetch=False)
-    except NotHereError:
-        return False
-    return True

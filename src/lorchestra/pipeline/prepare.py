@@ -110,13 +110,13 @@ def prepare(recipe: Recipe, reporter: Reporter = SILENT, fetch: bool = True) -> 
 
 
 @as_written
-def prepare_beside(recipe: Recipe, known: Prepared, reporter: Reporter = SILENT) -> Prepared:
+def prepare_beside(recipe: Recipe, known: Prepared, reporter: Reporter = SILENT, fetch: bool = True) -> Prepared:
     """:func:`prepare` for a recipe that differs from the one of ``known`` in its stages alone.
 
     Base, tokenizer and adapters are taken over, and so are the data of stages that both have.
 
     Raises:
-        SourceError, DataError, RecipeError: as :func:`prepare`.
+        NotHereError, SourceError, DataError, RecipeError: as :func:`prepare`.
     """
     recipe.check_sources()
     recipe.refuse(_absent_modules(recipe, empty_model(known.directory)))
@@ -126,8 +126,8 @@ def prepare_beside(recipe: Recipe, known: Prepared, reporter: Reporter = SILENT)
         for stage in recipe.stages
         if stage.name in before and (stage.data, stage.task) == (before[stage.name].data, before[stage.name].task)
     }
-    lock = _lock(recipe, reporter, True)
-    data, check = _examples(recipe, known.renderer, lock, reporter, True, same)
+    lock = _lock(recipe, reporter, fetch)
+    data, check = _examples(recipe, known.renderer, lock, reporter, fetch, same)
     settled, suggestions = settle(recipe, {stage.name: examples_of(data[stage.name]) for stage in recipe.stages})
     return replace(known, recipe=settled, data=data, check=check, suggestions=suggestions)
 

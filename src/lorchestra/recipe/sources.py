@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lorchestra.base.locate import locate
+from lorchestra.base.locate import NotHereError, locate
 from lorchestra.base.source import parse_source
 from lorchestra.errors import DataError, RecipeError, SourceError
 from lorchestra.recipe.words import near
@@ -63,6 +63,21 @@ def expand(text: str) -> str:
         return os.environ[found[1]]
 
     return _VARIABLE.sub(value, text)
+
+
+def is_here(text: str, directory: Path, kind: Literal["model", "dataset"]) -> bool:
+    """Whether a source can be read without fetching anything.
+
+    Args:
+        text: as in the recipe.
+        directory: what relative paths are relative to.
+        kind: what it would be at a hub.
+    """
+    try:
+        locate(expand(text), relative_to=directory, repo_type=kind, fetch=False)
+    except NotHereError:
+        return False
+    return True
 
 
 def variable_problem(text: str) -> str:

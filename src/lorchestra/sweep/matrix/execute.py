@@ -23,6 +23,7 @@ from lorchestra.recipe.sections import Fusion
 from lorchestra.recipe.sources import masking
 from lorchestra.recipe.unexpanded import Unexpanded, masked
 from lorchestra.report.departments import render_departments
+from lorchestra.report.values import metric_name
 from lorchestra.sweep.executors import check_executor, executor
 from lorchestra.sweep.matrix.outcome import Outcome, department_figures, remarks
 from lorchestra.sweep.matrix.rows import Department, Matrix
@@ -261,6 +262,6 @@ def _line(outcome: Outcome) -> str:
     if (test := outcome.test) is not None:
         models = test.models
         parts.append(
-            f"test {test.metric.replace('_', ' ')} {models['base'].estimate:.3f} → {models['delivered'].estimate:.3f}"
+            f"test {metric_name(test.metric)} {models['base'].estimate:.3f} → {models['delivered'].estimate:.3f}"
         )
     return ", ".join([*parts, "done before" if outcome.cached else f"{outcome.seconds:.0f} s"])

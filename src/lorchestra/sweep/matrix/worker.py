@@ -21,6 +21,7 @@ from lorchestra.pipeline.figures import tools_of
 from lorchestra.pipeline.lazy import LazyBase
 from lorchestra.pipeline.prepare import Prepared, prepare, prepare_beside
 from lorchestra.pipeline.training import Trained
+from lorchestra.recipe.recipe import Recipe
 from lorchestra.sweep.matrix.outcome import BASE, DELIVERED, SHARED, Outcome, judged
 from lorchestra.sweep.matrix.rows import Department, Matrix
 from lorchestra.sweep.trainer import Trainer, sealed_test
@@ -85,13 +86,7 @@ class DepartmentWorker:
         inputs = self.trainer.inputs(prepared, name, others)
         trains = self.trainer.digest(prepared, inputs, base)
         domain = sealed_test(prepared, name, recipe.evaluate.test_limit)
-        fusion = recipe.fusion.model_dump(mode="json", include={"members", "weights", "rank"})
-        needs = {
-            "stage": trains,
-            "others": {key: adapter.digest for key, adapter in others.items()},
-            "test": domain.digest if domain else None,
-        }
-        digest = step_digest("department", VERSION, {"name": department.name, "fusion": fusion}, needs)
+        digest = department_digest(recipe, department, trains, others, domain)
         items = [item_digest(example) for example in prepared.data[name].splits.test[: recipe.evaluate.test_limit]]
 
         def make(work: Path) -> dict[str, Any]:
@@ -112,6 +107,8 @@ class DepartmentWorker:
 
         step = self.trainer.cache.build("department", digest, make, self.reporter.say)
         found = json.loads((step.directory / "outcome.json").read_text(encoding="utf-8"))
+        if found.get("state") == "diverged":
+            self.trainer.abandon(trains)
         found["warnings"] = (*found.get("warnings", ()), *_warnings(prepared, name))
         scored = step.directory / "scores.json"
         return replace(
@@ -161,6 +158,27 @@ class DepartmentWorker:
         if plain is not base:
             plain.release()
         return scores
+
+
+def department_digest(
+    recipe: Recipe, department: Department, trains: str, others: Mapping[str, Adapter], domain: Domain | None
+) -> str:
+    """Digest of a department's step.
+
+    Args:
+        recipe: the department's.
+        department: the row.
+        trains: digest of its training step.
+        others: what it may be summed with: shared stages, and adapters that were brought in.
+        domain: its sealed test.
+    """
+    fusion = recipe.fusion.model_dump(mode="json", include={"members", "weights", "rank"})
+    needs = {
+        "stage": trains,
+        "others": {key: adapter.digest for key, adapter in others.items()},
+        "test": domain.digest if domain else None,
+    }
+    return step_digest("department", VERSION, {"name": department.name, "fusion": fusion}, needs)
 
 
 def weights_of(prepared: Prepared, name: str, members: Mapping[str, Adapter]) -> Chosen:
