@@ -217,6 +217,20 @@ def test_a_catalog_of_a_newer_format_is_refused(registry, registry_url):
         Registry.open(registry_url)
 
 
+def test_a_catalog_of_format_1_keeps_opening(tmp_path):
+    """As SQLite wrote it by the first release, in ``.dump``'s words; never made again. Its blobs are in the backup."""
+    told = (Path(__file__).parent / "fixtures" / "format-1.sql").read_text(encoding="utf-8")
+    with closing(sqlite3.connect(tmp_path / "catalog.db")) as connection:
+        connection.executescript(told)
+    with Registry.open(str(tmp_path)) as registry:
+        assert sorted(line.reference for line in registry.summaries()) == ["clinic@v1", "terms@v1", "terms@v2"]
+        assert registry.resolve("terms@v2").revoked.why == "wrong"
+        assert registry.measured([registry.resolve("clinic@v1").id])
+        assert {found.kind for found in registry.verify(deep=False)} == {"blob"}, "the rest is as it was written"
+        registry.alias("terms", "beta", "terms@v1")
+        assert registry.history(limit=1)[0].action == "alias"
+
+
 def test_whoever_only_reads_makes_no_catalog_where_there_is_none(tmp_path):
     with Registry.open(str(tmp_path), create=True, actor="tester"):
         pass
