@@ -35,8 +35,8 @@ def page(departments: dict, **changes) -> str:
 
 def test_figures_of_a_department():
     html = page({"icu": department()})
-    for text in ("icu", "lora.rank 4", "1,234", "2.5", "1.25", "55.0\xa0%", "[40.0, 70.0]", "+20.0\xa0points", "98,765",
-                 "1 min 01 s", "sha256:abc", "1 of 1 delivered"):  # fmt: skip
+    for text in ("icu", "lora.rank 4", "1,234", "2.500 → 1.250", "55.0\xa0%", "[40.0, 70.0]", "+20.0\xa0points",
+                 "98,765", "1 min 01 s", "sha256:abc", "1 of 1 delivered"):  # fmt: skip
         assert text in html, text
     assert 'class="estimate better"' in html
     assert page({"icu": department()}) == html
@@ -54,7 +54,18 @@ def test_what_failed_is_told_and_nothing_of_others_is_a_tag():
     assert HOSTILE not in html
     assert html.count("&lt;script&gt;alert(1)") >= 5
     assert "1 of 2 delivered" in html
-    assert 'class="tag">failed' in html
+    assert 'class="tag worse">failed' in html
+    assert "–</td>" in html
+    assert "– →" not in html
+
+
+def test_remarks_and_warnings_have_a_line_of_their_own():
+    warned = department(remarks=["too few test examples", "2 warnings"], warnings=["first", "second"])
+    html = page({"icu": warned, "er": department()})
+    assert html.count('<tr class="explains"><td colspan="12">') == 1
+    assert "<p>too few test examples</p>" in html
+    assert "<summary>2 warnings</summary><p>first</p><p>second</p>" in html, "they are counted once"
+    assert '<td colspan="11">' in page({"icu": warned}, context=False)
 
 
 def test_without_context_the_base_is_what_it_is_compared_with():
@@ -66,4 +77,4 @@ def test_without_context_the_base_is_what_it_is_compared_with():
 
 def test_an_unfinished_matrix_says_so():
     assert "1 of 57 are done" in page({"icu": department()}, departments_in_all=57)
-    assert "<table>" in render_departments({})
+    assert "Every department" in render_departments({})
