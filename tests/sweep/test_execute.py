@@ -103,7 +103,8 @@ def test_of_what_was_stopped_or_diverged_no_checkpoint_is_left(make_spec, tmp_pa
         i for i, event in enumerate(events) if event.get("name") == "sweep s" and event["event"] == "begin"
     )
     assert not [event for event in events[second:] if event["event"] == "train_step"], "nothing was trained anew"
-    assert [event for event in events[first:second] if event["event"] == "train_step"]
+    if jobs == 1:  # steps of other processes are not among the events
+        assert [event for event in events[first:second] if event["event"] == "train_step"]
 
 
 @pytest.mark.slow
@@ -142,6 +143,7 @@ def test_folds(make_spec, tmp_path):
     (row,) = result.rows
     assert row.test is not None
     assert sum(len(outcome.test.values) for outcome in result.outcomes) == 90, "every example is tested once"
+    assert "90 test examples" in result.advice[0][1].rests_on
     assert result.start is None
 
 

@@ -59,6 +59,7 @@ def test_seeds_are_seeds_of_the_training_and_not_of_the_split(make_spec):
     assert first.adapter != second.adapter
     assert first.test.groups == second.test.groups
     assert first.examples == second.examples
+    assert (first.examples["validation"], first.examples["test"]) == (6, 6), "eval_limit and test_limit: what is used"
 
 
 def test_what_is_finished_is_not_done_again_and_its_adapter_is_not_kept(make_spec):

@@ -241,8 +241,13 @@ def _advice(table: Sequence[Row], outcomes: Sequence[Outcome]) -> Iterator[tuple
     for row in table:
         conditions.setdefault(setting_key(condition(row.settings)), []).append(row)
     for key, group in conditions.items():
-        mine = next(outcome for outcome in outcomes if group[0].settings.items() <= outcome.settings.items())
-        yield json.loads(key), advise(group, dict(mine.examples or {}))
+        mine = [outcome for outcome in outcomes if group[0].settings.items() <= outcome.settings.items()]
+        examples = dict(mine[0].examples or {})
+        if mine[0].fold is not None:  # the folds of a seed make up one test
+            examples["test"] = sum(
+                (found.examples or {}).get("test", 0) for found in mine if found.seed == mine[0].seed
+            )
+        yield json.loads(key), advise(group, examples)
 
 
 def _brief(outcome: Outcome) -> dict[str, Any]:

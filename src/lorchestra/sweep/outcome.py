@@ -66,7 +66,7 @@ class Outcome:
         step: the last step; where it diverged; of a stopped one the step that decided.
         steps: of a whole training.
         steps_per_epoch: to count epochs.
-        examples: part → how many.
+        examples: part → how many of it are used (``eval_limit`` of the validation part, ``test_limit`` of the test).
         trainable: parameters.
         scale: γ.
         learning_rate: of the cell.

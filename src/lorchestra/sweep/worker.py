@@ -118,7 +118,11 @@ class Worker:
         digest = _cell_digest(trains, domain)
         known = Outcome(
             settings=dict(cell.settings), seed=cell.seed, fold=cell.fold, state="done", step=0, steps=0,
-            examples={part: len(examples) for part, examples in prepared.data[inputs.name].splits.parts()},
+            examples={
+                "train": len(prepared.data[inputs.name].splits.train),
+                "validation": len(inputs.validation[: inputs.train.eval_limit]),
+                "test": len(self._test(prepared, inputs.name)),
+            },
             trainable=self._trainable(prepared, inputs.lora),
             scale=inputs.lora.scale, learning_rate=inputs.train.learning_rate, digest=trains,
         )  # fmt: skip
