@@ -49,6 +49,8 @@ LOOPS = {
     "with tests": "{% for a in text %}{{ text is eq text }}{% endfor %}",
     "with loop.changed": "{% for a in text %}{{ loop.changed(text) }}{% endfor %}",
     "with sorting": "{% for a in text %}{{ (rows | sort | first)[:0] }}{% endfor %}",
+    "with a charge that pays back": "{{ [1] | _steps(-(10**12)) }}{% for a in range(1000) %}{% for b in range(1000) %}"
+                                    "{% endfor %}{% endfor %}",
     "as a mapped filter": "{{ text | map('default', text) | map('replace', 'a', text) | list | length }}",
     "as a selected test": "{{ rows | map('first') | select('in', text.split()) | list | length }}",
 }  # fmt: skip

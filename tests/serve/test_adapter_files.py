@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from tests.serve.tenants import write_adapter
 
 from lorchestra.adapter.adapter import Adapter
-from lorchestra.adapter.lineage import Parent
+from lorchestra.adapter.lineage import BaseId, Parent
 from lorchestra.errors import AdapterError, UserError
 from lorchestra.serve.adapter_files import LARGEST, found_in, served
 
@@ -75,6 +76,44 @@ def test_a_directory_without_an_adapter(tmp_path):
         served("a", directory)
     with pytest.raises(UserError, match="no name"):
         served("../a", directory)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "says"),
+    [
+        (lambda place: (place / "adapter_config.json").write_text('{"r": 8,'), "adapter_config.json cannot be read"),
+        (lambda place: (place / "adapter_config.json").write_text("[]"), "should hold a JSON object"),
+        (lambda place: edited(place, use_dora=True), "DoRA"),
+        (lambda place: cut(place / "adapter_model.safetensors", 40), "damaged or not a safetensors file"),
+        (lambda place: cut(place / "adapter_model.safetensors", 4), "damaged or not a safetensors file"),
+        (lambda place: (place / "adapter_model.safetensors").rename(place / "adapter_model.bin"), "is a pickle"),
+    ],
+)
+@pytest.mark.parametrize("ours", [True, False])
+def test_what_could_never_be_loaded_is_told_at_once(tmp_path, break_it, says, ours):
+    """Before a server starts, though nobody may ask for this adapter for a week."""
+    directory = write_adapter(tmp_path / "a", 1)
+    if not ours:
+        (directory / "lorchestra.json").unlink()
+    break_it(directory)
+    with pytest.raises(AdapterError, match=rf"^adapter clinic: .*{says}"):
+        served("clinic", directory)
+
+
+def edited(place, **changes):
+    file = place / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def cut(file, end):
+    file.write_bytes(file.read_bytes()[:-end] if end > 10 else file.read_bytes()[:end])
+
+
+def test_the_base_that_it_was_trained_on(tmp_path):
+    adapter = replace(Adapter.load(write_adapter(tmp_path / "a", 1)), base=BaseId("x", "sha256:" + "3" * 64))
+    assert served("a", adapter.save(tmp_path / "b")).base == "sha256:" + "3" * 64
+    (tmp_path / "b" / "lorchestra.json").unlink()
+    assert served("a", tmp_path / "b").base == ""
 
 
 def test_a_directory_of_adapters(tmp_path):

@@ -32,6 +32,7 @@ from lorchestra.registry.access import remove_key
 
 pytestmark = pytest.mark.slow
 
+LOOPING = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 Q = "model.layers.0.self_attn.q_proj"
 COMPLETION = {"model": "clinic", "prompt": "Fever?", "max_tokens": 4, "temperature": 0}
 CHAT = {"model": "clinic", "messages": [{"role": "user", "content": "Fever?"}], "max_tokens": 4}
@@ -116,6 +117,9 @@ def world(tmp_path_factory):
         adapter.save(root / name)
         there[name] = name
     write_nan(root / "nan")
+    make_adapter(10, 2).save(root / "looping")
+    (root / "looping" / "chat_template.jinja").write_text(LOOPING)
+    there["looping"] = "looping"
     secrets = make_keys(place / "keys.yaml", {"acme": ["clinic"], "beta": ["audit"], "gone": ["clinic"]})
     words = [f"--adapter={name}={root / path}" for name, path in there.items()]
     words += ["--name", "base", "--keys", str(place / "keys.yaml"), "--memory", "0.5MB", "--max-batch", "8"]
@@ -198,6 +202,13 @@ def test_an_adapter_that_cannot_be_served_is_told_to_who_asks_for_it(world, name
     for _ in range(2):
         error = world.refused(ask(), 400, param="model", code="adapter_unusable", says=says)
         assert name in error["message"]
+
+
+def test_a_chat_template_that_never_ends_is_ended(world, neighbours):
+    refused = world.post("/v1/chat/completions", CHAT | {"model": "looping"})
+    world.refused(refused, param="messages", says="goes through more than")
+    assert world.complete(model="looping").status_code == 200
+    world.refused(world.load("again", "looping"), says="does not render a question: the template goes through")
 
 
 def test_loading_what_is_no_good_is_refused_and_changes_nothing(world):

@@ -42,6 +42,12 @@ def test_a_base_from_elsewhere_stays_a_source(tmp_path):
         ("cors_origins: http://a\n", r"expected a list, got 'http://a'; write \[http://a\]"),
         ("engine: embeded\n", "did you mean 'embedded'"),
         ("grace: .inf\n", "finite"),
+        ("memory: 4G\n", r"serve\.yaml:1: memory: expected a size in MB or GB, as in 512MB or 4GB, got '4G'"),
+        ("cache: 0GB\n", "expected a size"),
+        ("max_body: 8\n", "max_body: expected a text, got 8"),
+        ("body_seconds: 0\n", "more than 0"),
+        ("cors_origins: ['https://a.org/page']\n", "an origin without a path, as in"),
+        ("cors_origins: [a.org]\n", r"cors_origins.*got 'a\.org'"),
         ("- a\n", "a server's configuration is a mapping"),
         ("base: [\n", r"serve\.yaml:"),
         ("base: x\nbase: y\n", "a second time"),
@@ -59,6 +65,7 @@ def test_no_file(tmp_path):
 
 def test_flags_win_and_adapters_are_added(tmp_path):
     config = load(tmp_path, "base: x\nport: 9000\nadapters: {a: /a}\nenable_load: true\nlora_roots: [/r]\n")
+    assert (config.max_body, config.body_seconds) == ("8MB", 60.0)
     both = config.with_flags(
         {"port": 9001, "host": None, "adapters": {"b": "/b"}, "cors_origins": [], "enable_load": None}
     )
@@ -93,6 +100,8 @@ def test_what_does_not_go_together(flags, says):
         {"base": "x", "host": "::1"},
         {"base": "x", "host": "localhost"},
         {"base": "x", "host": "0.0.0.0", "keys": "k"},
+        {"base": "x", "memory": "1.5GB", "max_body": "0.5MB", "body_seconds": 2},
+        {"base": "x", "cors_origins": ["https://a.org", "http://localhost:3000", "chrome-extension://abc", "*"]},
         {"base": "x", "host": "0.0.0.0", "insecure_no_keys": True},
     ],
 )

@@ -159,7 +159,7 @@ def test_what_is_no_certificate_is_told_of(certificate, tmp_path):
 
 
 def test_a_port_that_is_taken_is_told_of():
-    with listen("127.0.0.1", 0) as taken, pytest.raises(UserError, match="choose another --host or --port"):
+    with listen("127.0.0.1", 0) as taken, pytest.raises(UserError, match=r":\d+: [^:()]+; choose another --"):
         listen("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(UserError, match="cannot listen"):
         listen("203.0.113.7", 0)

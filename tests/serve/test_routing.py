@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,19 @@ def test_under_a_root_what_is_no_adapter_is_told_of(place):
     with pytest.raises(AdapterError, match="no adapter_config") as empty:
         router.read("x", "empty")
     assert str(place) not in str(empty.value)
+    for name, text in (
+        ("adapter_config.json", "{"),
+        ("adapter_model.safetensors", "short"),
+        ("lorchestra.json", "[]"),
+        ("serve.yaml", "a: ["),
+        ("chat_template.jinja", "x" * 2_000_000),
+    ):
+        directory = place / "root" / f"bad-{name}"
+        shutil.copytree(place / "root" / "good", directory)
+        (directory / name).write_text(text)
+        with pytest.raises(AdapterError, match=name) as broken:
+            router.read("x", f"bad-{name}")
+        assert str(place) not in str(broken.value)
     with pytest.raises(RequestError, match="no name") as bad:
         router.read("../x", "good")
     assert bad.value.param == "lora_name"

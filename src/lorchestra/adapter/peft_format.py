@@ -62,6 +62,25 @@ def read_peft(directory: Path) -> Adapter:
     return adapter
 
 
+def look(directory: Path) -> None:
+    """Refuse what :func:`read_peft` would refuse by its configuration, or because its weights' file is not whole.
+
+    The weights are not read: of a thousand adapters this takes a moment.
+
+    Raises:
+        AdapterError: as :func:`read_peft`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    _config(directory)
+    path = _weights(directory)
+    try:
+        with safe_open(path, "numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
 def effective_scales(directory: Path) -> dict[str, float]:
     """Module path → the scale s of ΔW = s·B·A that the directory's configuration asks for.
 
@@ -198,15 +217,20 @@ def _factors(directory: Path) -> tuple[dict[str, LowRank], frozenset[str]]:
     return out, frozenset(embeddings)
 
 
-def _tensors(directory: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
+def _weights(directory: Path) -> Path:
     path = directory / WEIGHTS
     if not path.is_file():
         pickled = "; adapter_model.bin is a pickle and is not read: load it in PEFT and save it again as safetensors"
         hint = pickled if (directory / "adapter_model.bin").exists() else ""
         raise AdapterError(f"{directory} has no {WEIGHTS}{hint}")
+    return path
+
+
+def _tensors(directory: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = _weights(directory)
     try:
         # Read, not mapped: whoever writes into the file later does not change what was checked.
         tensors: dict[str, torch.Tensor] = load(path.read_bytes())

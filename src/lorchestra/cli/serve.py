@@ -110,6 +110,22 @@ def serve(
     ssl_keyfile: Annotated[
         str | None, typer.Option("--ssl-keyfile", metavar="PEM", help="TLS: its key.", rich_help_panel=NETWORK)
     ] = None,
+    max_body: Annotated[
+        str | None,
+        typer.Option(
+            "--max-body",
+            metavar="8MB",
+            help="At most so much in a request.",
+            show_default="8MB",
+            rich_help_panel=NETWORK,
+        ),
+    ] = None,
+    body_seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--body-seconds", help="In which a request has to be here.", show_default="60", rich_help_panel=NETWORK
+        ),
+    ] = None,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option("--cors-origin", metavar="URL", help="Pages from here may call. Repeat.", rich_help_panel=NETWORK),
@@ -219,6 +235,7 @@ def serve(
         "insecure_no_keys": insecure_no_keys, "enable_load": enable_load, "lora_roots": lora_root or [],
         "host": host, "port": port, "console": console,
         "ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile, "cors_origins": cors_origin or [], "grace": grace,
+        "max_body": max_body, "body_seconds": body_seconds,
         "engine": engine, "vllm_urls": vllm_url or [],
         "vllm_python": vllm_python, "max_batch": max_batch, "max_length": max_length, "memory": memory,
         "cache": cache, "kernel": kernel,
@@ -258,7 +275,7 @@ def _run(config: ServeConfig) -> None:
     from lorchestra.registry.access import KeysFile
     from lorchestra.serve.adapter_files import found_in, served
     from lorchestra.serve.app import HttpSettings, create_app
-    from lorchestra.serve.config import base_name
+    from lorchestra.serve.config import base_name, size_of
     from lorchestra.serve.gateway import TenantGateway
     from lorchestra.serve.lifecycle import check_tls, listen
     from lorchestra.serve.lifecycle import serve as live
@@ -303,7 +320,13 @@ def _run(config: ServeConfig) -> None:
         gateway = TenantGateway(
             engine, router, keys, metrics, log, may_load=config.enable_load, follower=follower, outcomes=outcomes
         )
-        settings = HttpSettings(config.enable_load, tuple(config.cors_origins), registry=followed is not None)
+        settings = HttpSettings(
+            config.enable_load,
+            tuple(config.cors_origins),
+            size_of(config.max_body),
+            config.body_seconds,
+            registry=followed is not None,
+        )
         try:
             return await live(
                 serve_console.mounted(create_app(gateway, settings), gateway, keys, log, called, followed),

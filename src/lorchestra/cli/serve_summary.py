@@ -27,6 +27,8 @@ def summary(config: ServeConfig, router: Router, keys: KeysFile | None, port: in
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_row("base", f"{router.base} ({config.base})")
     table.add_row("adapters", f"{counted(len(names), 'adapter')}: {shown}" if names else "none")
+    if strangers := _of_another_base(config, router):
+        table.add_row("refused", f"{', '.join(strangers)}: trained on another base than this one")
     if router.versions:
         table.add_row("registry", serve_registry.shown(router.versions))
     if config.aliases:
@@ -44,3 +46,16 @@ def summary(config: ServeConfig, router: Router, keys: KeysFile | None, port: in
         table.add_row("console", f"{scheme}://{host}:{port}/console/")
     out.print(table)
     out.print(f"ready at {scheme}://{host}:{port}/v1")
+
+
+def _of_another_base(config: ServeConfig, router: Router) -> list[str]:
+    """Adapters that say so; the first request for one would find it out."""
+    told = [adapter for adapter in router.adapters if adapter.base]
+    if not told or config.base is None:
+        return []
+    from lorchestra.base.fingerprint import fingerprint
+    from lorchestra.cli.models import base_directory
+    from lorchestra.events import SILENT
+
+    ours = fingerprint(base_directory(config.base, SILENT), reporter=SILENT).weights
+    return [adapter.name for adapter in told if adapter.base != ours]

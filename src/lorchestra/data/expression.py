@@ -15,6 +15,10 @@ from lorchestra.errors import DataError
 
 MAX_OUTPUT = 4_000_000
 
+_TOO_MUCH = (
+    f"this goes through more than {MAX_WORK:,} characters and items for one row. Loops over long texts, loops in loops "
+    "and repeated joining or replacing are what costs; do with less of them, or prepare the column outside lorchestra"
+)
 _IS_TEMPLATE = re.compile(r"\{\{|\{%")
 
 
@@ -55,7 +59,7 @@ class Expression:
         Raises:
             DataError: a column that is not there, something the sandbox refuses, an operation that fails.
         """
-        WORK.left = MAX_WORK
+        WORK.begin(MAX_WORK, _TOO_MUCH)
         try:
             result = self._evaluate({"row": row, **row})
             if isinstance(result, jinja2.Undefined):

@@ -1,4 +1,5 @@
-"""The sandbox of a recipe's Jinja2: recipes are shared, so their expressions are not trusted.
+"""The sandbox of a recipe's Jinja2: recipes are shared, so their expressions are not trusted. That of chat templates
+(:mod:`lorchestra.data.chat_sandbox`) is made of the same parts.
 
 Beyond Jinja2's own sandbox (no private attributes, nothing mutable), only methods and filters that are listed here can
 be called, and what an expression may do for one row is bounded by a budget of *work*: every operation is charged for
@@ -20,6 +21,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 MAX_WORK = 5_000_000  # a character costs 1, an item or one node of a loop's body ITEM
@@ -51,17 +53,18 @@ REFUSED = (nodes.Macro, nodes.CallBlock, nodes.Block, nodes.Include, nodes.Impor
 
 
 class _Work(threading.local):
-    """What is left of the budget for the row at hand."""
+    """What is left of the budget for the row, or the conversation, at hand."""
 
-    left = MAX_WORK
+    left = 0
+    said = ""
+
+    def begin(self, most: int, said: str) -> None:
+        """From now on ``most`` may be spent; whoever wants more is told ``said``."""
+        self.left, self.said = most, said
 
     def check(self, amount: int) -> None:
-        if amount > self.left:
-            raise SecurityError(
-                f"this goes through more than {MAX_WORK:,} characters and items for one row. Loops over long texts, "
-                "loops in loops and repeated joining or replacing are what costs; do with less of them, or prepare the "
-                "column outside lorchestra"
-            )
+        if not (isinstance(amount, int) and 0 <= amount <= self.left):  # a template that names `_steps` pays, too
+            raise SecurityError(self.said)
 
     def spend(self, amount: int) -> None:
         self.check(amount)
@@ -77,6 +80,8 @@ class _Work(threading.local):
                     cost += len(value)
                 elif isinstance(value, int):
                     cost += value.bit_length() // 64
+                elif isinstance(value, Namespace):
+                    inner.append(attributes(value))
                 elif isinstance(value, Mapping) and not isinstance(value, Context):
                     self.check(cost + ITEM * len(inner) + 2 * ITEM * len(value))
                     inner.extend(value.keys())
@@ -92,6 +97,11 @@ class _Work(threading.local):
 
 
 WORK = _Work()
+
+
+def attributes(namespace: Namespace) -> dict[str, Any]:
+    """What a template keeps in a ``namespace()``, which is written out with it."""
+    return dict[str, Any](object.__getattribute__(namespace, "_Namespace__attrs"))
 
 
 def _range(*bounds: int) -> range:
@@ -169,7 +179,9 @@ def _tojson(context: nodes.EvalContext, value: Any) -> str:
     return str(jinja2.filters.do_tojson(context, value))
 
 
-def _charged(function: Callable[..., Any]) -> Callable[..., Any]:
+def charged(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which is paid for what it is given."""
+
     @functools.wraps(function)  # keeps Jinja2's mark of what it wants as its first argument
     def call(*args: Any, **kwargs: Any) -> Any:
         WORK.read(*args, *kwargs.values())
@@ -179,19 +191,23 @@ def _charged(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @jinja2.pass_context  # with a context, nothing is evaluated while a template is compiled
-def _output(context: Context, value: Any) -> Any:
+def output(context: Context, value: Any) -> Any:
     """What ``{{ … }}`` writes."""
     WORK.read(value)
     return value
 
 
-class _Environment(ImmutableSandboxedEnvironment):
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja2's, where every call and every operation is paid for."""
+
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Of methods, those that are listed."""
         return (attr in METHODS or not callable(value)) and super().is_safe_attribute(obj, attr, value)
 
     def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Paid for what is read and made."""
         if not isinstance(obj, jinja2.Undefined):
             name, owner = getattr(obj, "__name__", ""), getattr(obj, "__self__", None)
             if obj is not _range and name not in METHODS:  # Jinja2 would let its own `format` through
@@ -205,6 +221,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call(context, obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """As :meth:`call`."""
         WORK.read(left, right)
         if operator == "%" and isinstance(left, str | bytes):
             raise SecurityError("text formatting with % is not available here; use ~ to join texts")
@@ -220,30 +237,36 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
-class _Charging(NodeTransformer):
+class Charging(NodeTransformer):
     """Puts the charges into a template; refuses what is not available."""
+
+    refused: tuple[type[nodes.Node], ...] = REFUSED
+    deepest = MAX_LOOPS
 
     def __init__(self) -> None:
         self.loops = 0
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(node, REFUSED):
+        """Of any node; refuses what is not available."""
+        if isinstance(node, self.refused):
             raise jinja2.TemplateSyntaxError(f"{type(node).__name__.lower()} is not available here", node.lineno or 1)
         return super().visit(node, *args, **kwargs)
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.loops += 1
-        if node.recursive or self.loops > MAX_LOOPS:
-            raise jinja2.TemplateSyntaxError(f"loops may be at most {MAX_LOOPS} deep, and not recursive", node.lineno)
-        weight = sum(_weight(part) for part in (*node.body, node.test) if part is not None)
+        if node.recursive or self.loops > self.deepest:
+            raise jinja2.TemplateSyntaxError(
+                f"loops may be at most {self.deepest} deep, and not recursive", node.lineno
+            )
+        weight = sum(weight_of(part) for part in (*node.body, node.test) if part is not None)
         self.generic_visit(node)
-        node.iter = _through("_steps", node.iter, nodes.Const(ITEM + weight))
+        node.iter = through("_steps", node.iter, nodes.Const(ITEM + weight))
         self.loops -= 1
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
         self.generic_visit(node)
-        return _through("_concat", nodes.List(node.nodes, lineno=node.lineno))
+        return through("_concat", nodes.List(node.nodes, lineno=node.lineno))
 
     def visit_Assign(self, node: nodes.Assign) -> nodes.Assign:
         self.generic_visit(node)
@@ -276,32 +299,38 @@ class _Charging(NodeTransformer):
         return node
 
 
-def _weight(node: nodes.Node) -> int:
+def weight_of(node: nodes.Node) -> int:
     """What one evaluation of ``node`` costs at least; an inner loop pays for its steps itself."""
     if isinstance(node, nodes.For):
-        return ITEM + _weight(node.iter)
+        return ITEM + weight_of(node.iter)
     own = len(node.data) if isinstance(node, nodes.TemplateData) else ITEM
-    return own + sum(map(_weight, node.iter_child_nodes()))
+    return own + sum(map(weight_of, node.iter_child_nodes()))
 
 
 def _paid(node: nodes.Node) -> nodes.Expr:
-    return node if isinstance(node, nodes.Const) else _through("_kept", node)
+    return node if isinstance(node, nodes.Const) else through("_kept", node)
 
 
-def _through(name: str, node: nodes.Node, *args: nodes.Expr) -> nodes.Filter:
+def through(name: str, node: nodes.Node, *args: nodes.Expr) -> nodes.Filter:
+    """``node | name(args)``"""
     return nodes.Filter(node, name, list(args), [], None, None, lineno=node.lineno)
 
 
-def _environment() -> _Environment:
-    environment = _Environment(undefined=jinja2.StrictUndefined, autoescape=False, optimized=False, finalize=_output)
+def _environment() -> Sandbox:
+    environment = Sandbox(undefined=jinja2.StrictUndefined, autoescape=False, optimized=False, finalize=output)
     environment.globals.clear()
     environment.globals.update(range=_range)
-    own = {"replace": _replace, "join": _join, "sum": _sum, "round": _round, "tojson": _tojson}
-    known = {name: environment.filters[name] for name in FILTERS} | own
-    environment.filters = {name: _charged(function) for name, function in known.items()}
-    environment.filters |= {"_steps": _steps, "_kept": _kept, "_concat": _concat}
-    environment.tests = {name: _charged(test) for name, test in dict[str, Any](environment.tests).items()}
+    filters = {name: environment.filters[name] for name in FILTERS}
+    pay(environment, filters | {"tojson": _tojson})
     return environment
+
+
+def pay(environment: Sandbox, filters: Mapping[str, Callable[..., Any]]) -> None:
+    """``environment`` has these filters (four of them in our form), and pays for them and for tests."""
+    known = dict(filters) | {"replace": _replace, "join": _join, "sum": _sum, "round": _round}
+    environment.filters = {name: charged(function) for name, function in known.items()}
+    environment.filters |= {"_steps": _steps, "_kept": _kept, "_concat": _concat}
+    environment.tests = {name: charged(test) for name, test in dict[str, Any](environment.tests).items()}
 
 
 _ENVIRONMENT = _environment()
@@ -328,6 +357,6 @@ def compile_value(text: str) -> Callable[[Mapping[str, Any]], Any]:
 
 
 def _compiled(parsed: nodes.Template) -> jinja2.Template:
-    charged = _Charging().visit(parsed)
-    charged.set_environment(_ENVIRONMENT)
-    return _ENVIRONMENT.from_string(charged)
+    paying = Charging().visit(parsed)
+    paying.set_environment(_ENVIRONMENT)
+    return _ENVIRONMENT.from_string(paying)

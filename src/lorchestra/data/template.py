@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
+from lorchestra.data.chat_sandbox import render
 from lorchestra.data.example import Message
 from lorchestra.errors import DataError
 
@@ -42,7 +43,8 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.plain = not getattr(tokenizer, "chat_template", None)
+        own = own_template(tokenizer)
+        self.plain, self._template = own is None, own or PLAIN
         self.leading = self._leading_ids() if self.plain else ()
         self._controls = self._control_tokens()
         self._control = re.compile("|".join(map(re.escape, self._controls)) or r"(?!)")
@@ -52,18 +54,12 @@ class ChatTemplate:
         """The template's rendering, with the generation prompt if ``generation``."""
         turns = [{"role": turn.role, "content": turn.content} for turn in messages]
         try:
-            text = self.tokenizer.apply_chat_template(
-                turns,
-                chat_template=PLAIN if self.plain else None,
-                tokenize=False,
-                add_generation_prompt=generation,
-            )
+            return render(self._template, turns, generation, special_tokens(self.tokenizer))
         except Exception as error:  # a template is a program of its own: it raises what it likes
             raise DataError(
                 f"the chat template refuses a conversation of {', '.join(turn.role for turn in messages)}: {error}. "
                 "Leave out or merge turns, or set another chat template"
             ) from error
-        return str(text)
 
     def ids(self, text: str, bos: bool = True) -> tuple[int, ...]:
         """Token ids of rendered text; a template writes its own bos, plain text gets the tokenizer's if ``bos``."""
@@ -156,6 +152,20 @@ class ChatTemplate:
         if end != self.tokenizer.eos_token_id:
             notes.append(f"answers end with {text!r}, not with the eos token {self.tokenizer.eos_token!r}: stop at it")
         return text, end, tuple(notes)
+
+
+def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The tokenizer's chat template; of several named ones (older models) the default; ``None`` where it has none."""
+    own = getattr(tokenizer, "chat_template", None)
+    return (own.get("default") if isinstance(own, dict) else own) or None
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a chat template sees besides the turns: ``bos_token``, ``eos_token`` …, as texts."""
+    named = tokenizer.special_tokens_map
+    return {
+        name: list(map(str, token)) if isinstance(token, list | tuple) else str(token) for name, token in named.items()
+    }
 
 
 def shared(a: Sequence[Any], b: Sequence[Any]) -> int:

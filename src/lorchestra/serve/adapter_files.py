@@ -35,20 +35,31 @@ def served(name: str, directory: Path) -> Served:
     """
     check_name(name)
     directory = directory.resolve()
-    if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
-        missing = CONFIG if not (directory / CONFIG).is_file() else WEIGHTS
-        inside = next((path.parent for path in sorted(directory.glob(f"*/{CONFIG}"))), None)
-        hint = f"; did you mean {inside}?" if inside else ""
-        raise AdapterError(f"adapter {name}: {directory} has no {missing}, so it is not a PEFT adapter{hint}")
+    inside = next((path.parent for path in sorted(directory.glob(f"*/{CONFIG}"))), None)
+    if inside and not (directory / CONFIG).is_file():
+        raise AdapterError(
+            f"adapter {name}: {directory} has no {CONFIG}, so it is not a PEFT adapter; did you mean {inside}?"
+        )
+    from lorchestra.adapter.peft_format import look
+
+    try:
+        look(directory)
+    except AdapterError as error:
+        raise AdapterError(f"adapter {name}: {error}") from error
     sidecar = _sidecar(directory, name)
     digest = str(sidecar.get("digest", ""))
     if not digest:
         from lorchestra.adapter.adapter import Adapter
 
-        digest = Adapter.load(directory).digest
+        try:
+            digest = Adapter.load(directory).digest
+        except AdapterError as error:
+            raise AdapterError(f"adapter {name}: {error}") from error
     system_prompt, defaults = _serving(directory, name)
     template = _text(directory / TEMPLATE, name)
-    return Served(name, digest, directory, _parents(sidecar, name), template, system_prompt, defaults)
+    base = sidecar.get("base")
+    weights = str(base.get("weights") or "") if isinstance(base, dict) else ""
+    return Served(name, digest, directory, _parents(sidecar, name), template, system_prompt, defaults, base=weights)
 
 
 def found_in(directory: Path) -> dict[str, Path]:
@@ -114,7 +125,8 @@ def _serving(directory: Path, name: str) -> tuple[str | None, Mapping[str, Any]]
     except (YAMLError, RecursionError) as error:
         raise AdapterError(f"{place} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict) or not value.keys() <= {"system_prompt", "sampling"}:
-        raise AdapterError(f"{place} is a mapping with system_prompt and sampling, and nothing else")
+        got = f"{type(value).__name__}" if not isinstance(value, dict) else ", ".join(map(str, value))
+        raise AdapterError(f"{place} is a mapping with system_prompt and sampling, and nothing else; got {got}")
     prompt, sampling = value.get("system_prompt"), value.get("sampling") or {}
     if not (prompt is None or isinstance(prompt, str)):
         raise AdapterError(f"{place}: system_prompt is a text, not {prompt!r}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lorchestra.errors import UserError
 from lorchestra.recipe.text import Document
@@ -17,10 +18,27 @@ from lorchestra.registry.canary.plan import parse_duration
 from lorchestra.registry.location import Location, local_path
 
 SIZE = r"^[0-9]+(\.[0-9]+)?(MB|GB)$"
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
 Positive = Annotated[int, Field(ge=1)]
 # Of these and of adapters, relative ones are the file's neighbours.
 PATHS = ("keys", "ssl_certfile", "ssl_keyfile", "vllm_adapters", "registry_cache")
 REGISTRY = "LORCHESTRA_REGISTRY"
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(SIZE, text) or not size_of(text):
+        raise ValueError(f"expected a size in MB or GB, as in 512MB or 4GB, got {text!r}")
+    return text
+
+
+def _origin(text: str) -> str:
+    if not _ORIGIN.fullmatch(text):
+        raise ValueError(f"expected an origin without a path, as in https://chat.example.org, or '*', got {text!r}")
+    return text
+
+
+Size = Annotated[str, AfterValidator(_size)]
+Origin = Annotated[str, AfterValidator(_origin)]
 
 
 class ServeConfig(BaseModel):
@@ -54,6 +72,8 @@ class ServeConfig(BaseModel):
         port: to listen at.
         ssl_certfile: certificate chain (PEM); with it, TLS.
         ssl_keyfile: its private key, where it is not in the same file.
+        max_body: of a request, as in ``8MB``.
+        body_seconds: in which a request has to be here.
         cors_origins: pages of these may call from a browser; none unless set.
         keys: the file of API keys.
         insecure_no_keys: listen beyond this machine without keys.
@@ -78,7 +98,7 @@ class ServeConfig(BaseModel):
     aliases: dict[str, str] = Field(default_factory=dict)
     registry: str | None = None
     registry_cache: str | None = None
-    registry_cache_size: Annotated[str, Field(pattern=SIZE)] | None = "20GB"
+    registry_cache_size: Size | None = "20GB"
     registry_grace: str = "1h"
     engine: Literal["auto", "embedded", "vllm"] = "auto"
     engine_process: bool = True
@@ -90,14 +110,16 @@ class ServeConfig(BaseModel):
     dtype: str = "auto"
     max_batch: Positive | None = None
     max_length: Positive | None = None
-    memory: Annotated[str, Field(pattern=SIZE)] | None = None
-    cache: Annotated[str, Field(pattern=SIZE)] | None = None
+    memory: Size | None = None
+    cache: Size | None = None
     kernel: bool = False
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
-    cors_origins: list[str] = Field(default_factory=list)
+    max_body: Size = "8MB"
+    body_seconds: Annotated[float, Field(gt=0, strict=False)] = 60.0
+    cors_origins: list[Origin] = Field(default_factory=list)
     keys: str | None = None
     insecure_no_keys: bool = False
     enable_load: bool = False

@@ -60,6 +60,7 @@ class Served:
         defaults: of sampling, by OpenAI's field names; a request's own values win.
         reference: of a registry's version, ``clinic@v2``; empty for what is in none.
         version: its id there.
+        base: digest of the weights that it was trained on, where it says so.
         sibling_of: digest of the base's weights that it was trained on, where those of this server's base are others
             and the registry has them on record as derived from it.
     """
@@ -73,6 +74,7 @@ class Served:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     reference: str = ""
     version: int | None = None
+    base: str = ""
     sibling_of: str = ""
 
     @property

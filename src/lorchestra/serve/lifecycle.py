@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import ssl
@@ -49,9 +50,12 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise UserError(
-            f"cannot listen at {host}:{port}: {error.strerror or error}; choose another --host or --port"
-        ) from None
+        raise UserError(f"cannot listen at {host}:{port}: {_why(error)}; choose another --host or --port") from None
+
+
+def _why(error: OSError) -> str:
+    """The system's words; Python adds the address to them, which is said already."""
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error.strerror or error)
 
 
 def check_tls(certificate: Path, key: Path | None) -> None:

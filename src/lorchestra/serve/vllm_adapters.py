@@ -104,7 +104,7 @@ class Workshop:
             if rank > self.max_rank:
                 raise AdapterError(
                     f"adapter {served.name} has rank {rank}, vLLM's slots hold {self.max_rank}: start with a larger "
-                    f"max_rank, or make it smaller (lorchestra export {served.directory} --rank {self.max_rank})"
+                    f"max_rank, or make it smaller (lorchestra export DIR -o OUT --rank {self.max_rank})"
                 )
         else:
             try:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorchestra.data.template import PLAIN, ChatTemplate
+from lorchestra.data.chat_sandbox import render
+from lorchestra.data.template import PLAIN, ChatTemplate, own_template, special_tokens
 from lorchestra.errors import AdapterError, DataError
 from lorchestra.serve.embedded.vocabulary import Vocabulary
 from lorchestra.serve.engine import RequestError, Served, TooLongError
@@ -129,18 +130,10 @@ class Prompts:
 
     def _template(self, adapter: Served | None) -> str:
         own = adapter.chat_template if adapter is not None else None
-        bases = self._tokenizer.chat_template
-        if isinstance(bases, dict):  # named ones, of older models
-            bases = bases.get("default")
-        return own or bases or PLAIN
+        return own or own_template(self._tokenizer) or PLAIN
 
     def _render(self, turns: list[dict[str, str]], template: str, extra: Mapping[str, Any]) -> str:
-        """In transformers' sandbox: a template reads its variables and writes text, no more."""
-        return str(
-            self._tokenizer.apply_chat_template(
-                turns, chat_template=template, tokenize=False, add_generation_prompt=True, **extra
-            )
-        )
+        return render(template, turns, True, {**special_tokens(self._tokenizer), **extra})
 
     def _some(self, prompt: Prompt, place: str) -> Prompt:
         if not prompt.ids:

@@ -71,9 +71,9 @@ def sampling(
     else:
         most = asked
     if most > room:
-        place = "messages" if isinstance(request, ChatRequest) else "prompt"
+        place, verb = ("messages", "take") if isinstance(request, ChatRequest) else ("prompt", "takes")
         raise TooLongError(
-            f"this model's context has {max_length} tokens; the {place} take {length} and max_tokens {most} more: "
+            f"this model's context has {max_length} tokens; the {place} {verb} {length} and max_tokens {most} more: "
             "shorten the one or lower the other",
             place if length >= max_length else "max_tokens",
         )
