@@ -5,7 +5,7 @@ Axis letters: b rows (sequences), L positions, n in_features, m out_features, K 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,6 +172,11 @@ class BankLayer:
     def empty(self) -> bool:
         """Nothing is mounted here."""
         return not self.frozen and self.trainable is None
+
+    def holds(self, members: Sequence[str]) -> bool:
+        """One of ``members`` is mounted here."""
+        trains = self.trainable[0] if self.trainable is not None else None
+        return any(name in self.frozen or name == trains for name in members)
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """The forward hook: ``args[0]`` is ``[b, L, n]``, or ``[…, n]`` when coefficients are shared; at an embedding

@@ -203,8 +203,8 @@ class Bank:
                 f"coefficients are {tuple(coefficients.shape)} {coefficients.dtype}; expected {wanted} in floating "
                 f"point, K = {len(members)} for {', '.join(members) or 'no member'}"
             )
-        for path in self._layers if groups is not None else ():
-            if not 0 <= groups.get(path, -1) < coefficients.shape[1]:
+        for path, layer in self._layers.items() if groups is not None else ():
+            if layer.holds(members) and not 0 <= groups.get(path, -1) < coefficients.shape[1]:
                 raise AdapterError(
                     f"module {path!r} is in no group of layers (there are {coefficients.shape[1]}); the groups were "
                     "made for other adapters"

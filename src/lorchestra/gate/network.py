@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -224,6 +225,19 @@ class Gate(nn.Module):
             self.last = nn.Linear(spec.hidden or n, outputs)
         nn.init.zeros_(self.last.weight)
         nn.init.constant_(self.last.bias, 1 / len(spec.adapters) if spec.activation == "linear" else 0.0)
+
+    @classmethod
+    def load(cls, directory: str | Path, adapters: Mapping[str, str] | None = None, base: BaseId | None = None) -> Gate:
+        """Read a gate; see :func:`lorchestra.gate.store.load`."""
+        from lorchestra.gate.store import load
+
+        return load(Path(directory), adapters, base)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write it, whole or not at all; see :func:`lorchestra.gate.store.save`."""
+        from lorchestra.gate.store import save
+
+        return save(self, Path(directory))
 
     @property
     def members(self) -> tuple[str, ...]:
