@@ -39,7 +39,9 @@ class Gate(Settings):
     temperature: Positive = 1.0
     examples: Annotated[int, Field(ge=1)] | None = 100
     epochs: Annotated[float, Field(ge=0)] = 2.0
-    learning_rate: Positive = 1e-2
+    learning_rate: Positive = 1e-3
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    patience: Annotated[int, Field(ge=1)] = 3
     entropy: Annotated[float, Field(ge=0)] = 0.0
     balance: Annotated[float, Field(ge=0)] = 0.01
     keep_prompts: bool = False
