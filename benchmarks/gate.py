@@ -49,6 +49,7 @@ def main() -> None:
     options.add_argument("--recipe", type=Path, default=Path("examples/gate/four-domains.yaml"))
     options.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help="instead of --run")
     options.add_argument("--only", action="append", choices=list(MEASURES), help="parts; repeat. All unless given")
+    options.add_argument("--searched", type=Path, help="searched.json of the run's search; else one is made")
     options.add_argument("--examples", type=int, default=100, help="training prompts of a domain")
     options.add_argument("--held", type=int, default=20, help="λ-validation items of a domain")
     options.add_argument("--items", type=int, default=60, help="sealed-test items of a domain, of the losses")
@@ -165,18 +166,41 @@ def fitted(asked: argparse.Namespace, case: Case, layers: int, epochs: float, st
     """A gate, on losses of the members that are measured once."""
     from lorchestra.gate import FitSettings
     from lorchestra.gate.fit import fit
-    from lorchestra.gate.measure import Measured, measure
 
     train = [one.example for one in case.drawn(asked.examples)]
     held = [one.example for one in case.first("validation", asked.held)]
     members, pad_id = tuple(case.members), case.base.pad_id
     with case.mounted() as bank:
-        told = kept(asked.work / "measured.json", lambda: measure(bank, members, train, held, pad_id=pad_id).as_dict())
+        measured = measured_by_domain(asked, case, bank, train, held)
         settings = FitSettings(layers=layers, epochs=epochs, keep_prompts=True)
         return fit(
-            bank, members, train, held, settings, name="domains", pad_id=pad_id, measured=Measured.from_dict(told),
-            start=start,
+            bank, members, train, held, settings, name="domains", pad_id=pad_id, measured=measured, start=start,
         )  # fmt: skip
+
+
+def measured_by_domain(
+    asked: argparse.Namespace, case: Case, bank: Any, train: Sequence[Any], held: Sequence[Any]
+) -> Any:
+    """The members' losses, domain after domain, so that a measurement that is ended early goes on where it was."""
+    from lorchestra.gate.measure import Measured, measure, measured_digest
+
+    members, pad_id = tuple(case.members), case.base.pad_id
+    parts = []
+    for name in members:
+        mine = [[one for one in part if one.domain == name] for part in (train, held)]
+        digest = measured_digest(bank, members, *mine, {})[7:31]
+        told = kept(
+            asked.work / f"measured-{digest}.json",
+            lambda mine=mine: measure(bank, members, *mine, pad_id=pad_id).as_dict(),
+        )
+        parts.append(Measured.from_dict(told))
+    return Measured(
+        members,
+        tuple(row for part in parts for row in part.train),
+        tuple(row for part in parts for row in part.validation),
+        (0.0,) * (len(train) + len(held)),
+        measured_digest(bank, members, train, held, {}),
+    )
 
 
 def by_router(case: Case, layers: int, train: Sequence[Any], x: Any, seen: Any) -> dict[str, list[str]]:
@@ -209,17 +233,26 @@ def by_router(case: Case, layers: int, train: Sequence[Any], x: Any, seen: Any) 
 # ---- what it is worth
 
 
+def static(asked: argparse.Namespace, case: Case) -> Any:
+    """The best candidate of a search on λ-validation: of the run's, or of one that is made here."""
+    from lorchestra.events import SILENT
+    from lorchestra.pipeline.searching import Searched, SearchPlan, search_weights
+
+    if asked.searched:
+        found = Searched.from_dict(json.loads(asked.searched.read_text(encoding="utf-8")))
+    else:
+        domains = case.domains("validation", asked.held)
+        found = search_weights(case.base, case.members, domains, {}, SearchPlan(), asked.work / "search", SILENT)
+    return min(found.candidates, key=lambda candidate: candidate.score)
+
+
 def losses(asked: argparse.Namespace, case: Case) -> dict[str, Any]:
     """The verdict on a gate trained end to end."""
     from lorchestra.events import SILENT
     from lorchestra.gate import load, save
     from lorchestra.pipeline.gate_alone import enter_sealed, judge_alone
-    from lorchestra.pipeline.searching import SearchPlan, search_weights
 
-    domains = case.domains("validation", asked.held)
-    plan = SearchPlan("gradient")
-    searched = search_weights(case.base, case.members, domains, {}, plan, asked.work / "search", SILENT)
-    best = min(searched.candidates, key=lambda candidate: candidate.score)
+    best = static(asked, case)
     place = asked.work / f"gate-{asked.layers}-{asked.epochs:g}"
     if not place.exists():
         made = fitted(asked, case, asked.layers, asked.epochs, dict(best.weights))
