@@ -42,7 +42,7 @@ CASES: dict[str, tuple[tuple[Scores, Scores], tuple[Scores, Scores], bool, tuple
     "better than all": (
         both(-2, 1), both(-1, 2), True,
         ("The gate is kept: its sealed-test loss is ", "of the base's below that of the static weights (0.5·clinic + "
-         "0.5·law) (95 % interval −", "beats the base and every single adapter"),
+         "0.5·law) (95 % interval −", "beats the base and every choice that is the same for all prompts"),
     ),
     "as good as static": (
         both(-1, 3), both(-1, 4), False,

@@ -152,7 +152,7 @@ def _sentence(
             f"{_signed(behind.high)})"
         )
     if kept:
-        return f"The gate is kept: {beside}, and it beats the base and every single adapter{oracle}."
+        return f"The gate is kept: {beside}, and it beats the base and every choice that is the same for all prompts{oracle}."
     static_stays = f"delivered are {weights}, which are the default"
     if found.low > 0:
         return f"The gate is not kept: it is worse than the static weights, {beside}{oracle}; {static_stays}."
@@ -215,6 +215,7 @@ def _called(model: str) -> str:
         BASE: "the base",
         "stack": "the last stage with its context (stack)",
         "uniform": "equal weights (uniform)",
+        "mixed": "one adapter trained on the mixed data",
     }.get(model, f"{model!r} alone")
 
 
