@@ -152,7 +152,8 @@ def _sentence(
             f"{_signed(behind.high)})"
         )
     if kept:
-        return f"The gate is kept: {beside}, and it beats the base and every choice that is the same for all prompts{oracle}."
+        all_alike = "the base and every choice that is the same for all prompts"
+        return f"The gate is kept: {beside}, and it beats {all_alike}{oracle}."
     static_stays = f"delivered are {weights}, which are the default"
     if found.low > 0:
         return f"The gate is not kept: it is worse than the static weights, {beside}{oracle}; {static_stays}."
