@@ -203,12 +203,13 @@ class Bank:
                 f"coefficients are {tuple(coefficients.shape)} {coefficients.dtype}; expected {wanted} in floating "
                 f"point, K = {len(members)} for {', '.join(members) or 'no member'}"
             )
-        for path, layer in self._layers.items() if groups is not None else ():
-            if layer.holds(members) and not 0 <= groups.get(path, -1) < coefficients.shape[1]:
-                raise AdapterError(
-                    f"module {path!r} is in no group of layers (there are {coefficients.shape[1]}); the groups were "
-                    "made for other adapters"
-                )
+        if groups is not None:
+            for path, layer in self._layers.items():
+                if layer.holds(members) and not 0 <= groups.get(path, -1) < coefficients.shape[1]:
+                    raise AdapterError(
+                        f"module {path!r} is in no group of layers (there are {coefficients.shape[1]}); the groups "
+                        "were made for other adapters"
+                    )
         device = next(self.model.parameters()).device
         selection = Selection(tuple(members), coefficients.to(device), per_row=True, groups=groups) if members else None
         yield from self._selected(selection)

@@ -26,6 +26,7 @@ from lorchestra.gate.loads import BASE, Loads, loads
 from lorchestra.gate.measure import (
     GateExample,
     Measured,
+    check_examples,
     domain_shares,
     example_losses,
     measure,
@@ -95,10 +96,9 @@ class _Part:
 
     @classmethod
     def of(
-        cls, bank: Bank, examples: Sequence[GateExample], rows: Sequence[Any], margins: Sequence[float], spec: GateSpec
+        cls, examples: Sequence[GateExample], x: Tensor, rows: Sequence[Sequence[float]], margins: Sequence[float]
     ) -> _Part:
         losses = torch.tensor(rows, dtype=torch.float64)
-        x = features(bank.model, [example.item.prompt for example in examples], spec.features)
         return cls(examples, x, losses, margins, domain_shares(examples, losses[:, 0].tolist()))
 
     def per_token(self) -> Tensor:
@@ -196,14 +196,17 @@ def fit(
     """
     betas = betas or {}
     spec = _spec(bank, members, settings, name)
+    check_examples(train, validation)
+    with reporter.task("features", len(train) + len(validation), "prompt") as task:
+        prompts = [[example.item.prompt for example in part] for part in (train, validation)]
+        seen = [features(bank.model, part, spec.features) for part in prompts]
+        task.advance(len(train) + len(validation))
     if measured is None:
         measured = measure(bank, members, train, validation, pad_id=pad_id, betas=betas, reporter=reporter)
     elif measured.digest != measured_digest(bank, members, train, validation, betas):
         raise UserError("the losses that were measured are of other examples or adapters; measure them anew")
-    with reporter.task("features", len(train) + len(validation), "prompt") as task:
-        learn = _Part.of(bank, train, measured.train, measured.margins[: len(train)], spec)
-        held = _Part.of(bank, validation, measured.validation, measured.margins[len(train) :], spec)
-        task.advance(len(train) + len(validation))
+    learn = _Part.of(train, seen[0], measured.train, measured.margins[: len(train)])
+    held = _Part.of(validation, seen[1], measured.validation, measured.margins[len(train) :])
     paths = {path for member in members for path in bank.member(member).modules}
     mixer = _Mixer(bank, pad_id, betas, spec.group_of(sorted(paths)))
     with quick_attention(bank.model), quick_norms(bank.model):

@@ -84,6 +84,23 @@ class Measured:
         return cls(tuple(value["members"]), train, validation, tuple(value["margins"]), value["digest"])
 
 
+def check_examples(train: Sequence[GateExample], validation: Sequence[GateExample]) -> None:
+    """Whether a gate can learn from these.
+
+    Raises:
+        DataError: no examples in a part, or an example without a prompt.
+    """
+    for part, examples in (("to learn from", train), ("to validate by", validation)):
+        if not examples:
+            raise DataError(f"a gate has no examples {part}; give more data")
+        for example in examples:
+            if not example.item.prompt:
+                raise DataError(
+                    f"an example of {example.domain!r} has no prompt, and a gate chooses by prompts; leave out texts "
+                    "without a question"
+                )
+
+
 def measured_digest(
     bank: Bank,
     members: Sequence[str],
@@ -126,15 +143,7 @@ def measure(
         TrainingError: a loss that is not finite.
     """
     betas = betas or {}
-    for part, examples in (("to learn from", train), ("to validate by", validation)):
-        if not examples:
-            raise DataError(f"a gate has no examples {part}; give more data")
-        for example in examples:
-            if not example.item.prompt:
-                raise DataError(
-                    f"an example of {example.domain!r} has no prompt, and a gate chooses by prompts; leave out texts "
-                    "without a question"
-                )
+    check_examples(train, validation)
     every = [*train, *validation]
     margins = [0.0] * len(every)
     rows: list[list[float]] = [[] for _ in every]

@@ -1,8 +1,9 @@
 """A gate's first weights, without the base: from how each adapter alone fares on each example.
 
-A member's soft target on an example is exp(−loss/τ) over the sum of all, with the loss per token and τ its usual spread
-between members: near 1 for the one that is clearly best, alike where they are alike. Fitting the network to the targets
-is a convex problem where it is linear; how strongly its weights are held small is chosen on validation examples.
+A member's soft target on an example is exp(−loss/τ) over the sum of all, with the loss per token and τ a third of its
+usual spread between members: near 1 for the one that is clearly best, alike where they are alike. Fitting the network
+to the targets is a convex problem where it is linear; how strongly its weights are held small is chosen on validation
+examples.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from lorchestra.gate.network import Gate
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
-ROUNDS = 200  # of L-BFGS at most
+ROUNDS = 100  # of L-BFGS at most
+SHARPNESS = 3.0  # spreads of the losses over τ
 
 
 def soft_targets(losses: Tensor) -> Tensor:
     """``[n, M]`` targets that add up to 1 for every example, from ``[n, M]`` losses per token."""
-    tau = losses.std(dim=1, unbiased=False).mean().clamp(min=1e-6)
+    tau = (losses.std(dim=1, unbiased=False).mean() / SHARPNESS).clamp(min=1e-6)
     return torch.softmax(-losses / tau, dim=1)
 
 
