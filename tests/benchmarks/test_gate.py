@@ -60,7 +60,7 @@ def test_samples_are_the_same_every_time_and_of_every_domain(parts):
     assert len(case.drawn(100)) == 18
 
 
-def test_a_prompt_is_as_long_as_it_is_asked_to_be(parts, monkeypatch):
+def test_a_prompt_is_as_long_as_it_is_asked_to_be(parts):
     class Item:
         prompt = (5, 6, 7)
 
