@@ -37,7 +37,7 @@ def write_data(directory: Path) -> None:
     for seed, (name, answer) in enumerate(ANSWERS.items()):
         chance = random.Random(seed)
         with (directory / f"{name}.jsonl").open("w") as out:
-            for i in range(60):
+            for i in range(40):
                 ask = f"{name.upper() * 2} {i}: {chance.choice(WORDS)} {chance.choice(WORDS)}?"
                 out.write(json.dumps({"prompt": ask, "completion": answer}) + "\n")
 
@@ -183,6 +183,10 @@ def test_a_plan_foretells_the_steps_and_a_second_run_reuses_them(gated, same_hom
     assert gated.before.step("gate").needs == ("data", *ANSWERS)
     assert gated.before.step("judge").needs == ("gate", "evaluate")
     assert all(gated.before.step(name).seconds > 0 for name in ("gate", "judge"))
+    assert (
+        gated.before.step("gate").note
+        == "softmax: no member was trained beside another, so they share one prompt's weight"
+    )
     after = plan(gated.recipe)
     assert {name: after.step(name).digest for name in ("gate", "judge")} == {
         name: gated.steps()[name]["digest"] for name in ("gate", "judge")
@@ -211,9 +215,10 @@ def test_without_its_key_the_gate_is_gone_and_nothing_else_is_done_anew(gated, s
 
 
 def test_a_gate_that_does_not_win_is_told_of_and_not_delivered(gated, same_home):
-    """A gate that may not learn, from static weights that are no worse than what it begins with: nothing is gained."""
-    fusion = {"weights": "equal", "gate": {"activation": "sigmoid", "epochs": 0, "examples": 2}}
-    found = gated.run(Recipe.from_dict(values(gated.base, fusion=fusion | {"members": ["law"]}), gated.where), "lost")
+    """One domain and one adapter, which is best at full strength: there is nothing to choose."""
+    fusion = {"weights": "equal", "gate": {"activation": "sigmoid", "epochs": 0}}
+    one = values(gated.base, stages=[{"name": "law", "data": "law.jsonl"}], fusion=fusion)
+    found = gated.run(Recipe.from_dict(one, gated.where), "lost")
     told = json.loads((gated.where / "lost" / "report.json").read_text())["gate"]
     assert not told["kept"]
     assert found.gate is None

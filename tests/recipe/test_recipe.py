@@ -199,7 +199,8 @@ def test_a_gate_has_short_forms_and_is_off_by_default(load):
     short = load(GOOD.replace("candidates: 8", "gate: true"))
     assert short.fusion.gate == load(GOOD.replace("candidates: 8", "gate: {}")).fusion.gate == Gate()
     assert load(GOOD, "fusion.gate.top_k=2").fusion.gate == Gate(top_k=2)
-    assert load(GOOD.replace("candidates: 8", "gate: {examples: null, hidden: null}")).fusion.gate == Gate(examples=None)
+    emptied = load(GOOD.replace("candidates: 8", "gate: {examples: null, hidden: null}"))
+    assert emptied.fusion.gate == Gate(examples=None)
 
 
 def test_a_gate_needs_a_part_to_be_chosen_on_and_one_to_win_on(load, tmp_path):
@@ -214,8 +215,7 @@ def test_a_gate_needs_a_part_to_be_chosen_on_and_one_to_win_on(load, tmp_path):
 def test_the_gates_of_a_recipe_are_every_combination_of_what_it_lists(load):
     """Adapters that were trained beside one another are wanted together, which a softmax cannot say."""
     assert [gate.activation for gate in candidates(load(GOOD.replace("candidates: 8", "gate: true")))] == ["sigmoid"]
-    apart = GOOD.replace(CLINIC, "").replace("  clinic: 1.0", "").replace("general: {weight: 1.0, schedule: cosine, to: 0.5}", "{}")
-    apart = apart.replace("context:\n      {}\n    ", "beta: 0.1").replace("candidates: 8", "gate: true")
+    apart = "name: x\nbase: b\nstages: [{name: a, data: a.jsonl}, {name: b, data: b.jsonl}]\nfusion: {gate: true}\n"
     assert [gate.activation for gate in candidates(load(apart))] == ["softmax"]
     both = candidates(load(GOOD.replace("candidates: 8", "gate: {activation: [softmax, linear], layers: [0, 2, 0]}")))
     told = [(gate.activation, gate.layers, gate.hidden) for gate in both]

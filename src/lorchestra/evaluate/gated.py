@@ -18,6 +18,7 @@ from lorchestra.evaluate.verdict import ALL
 from lorchestra.stats.intervals import Interval, interval_of
 
 BASE, STATIC, ORACLE, GATE = "base", "static", "oracle", "gate"
+UNSEEN = 5e-4  # a difference that a tenth of a per cent does not show
 Array = NDArray[np.float64]
 
 
@@ -147,10 +148,8 @@ def _sentence(
     oracle = ""
     if behind is not None:
         side = "above" if behind.estimate >= 0 else "below"
-        oracle = (
-            f"; it is {abs(behind.estimate):.1%} {side} an oracle that knows the domain ({_signed(behind.low)} to "
-            f"{_signed(behind.high)})"
-        )
+        said = f"{abs(behind.estimate):.1%} {side}" if abs(behind.estimate) >= UNSEEN else "no more than 0.05% from"
+        oracle = f"; it is {said} an oracle that knows the domain ({_signed(behind.low)} to {_signed(behind.high)})"
     if kept:
         all_alike = "the base and every choice that is the same for all prompts"
         return f"The gate is kept: {beside}, and it beats {all_alike}{oracle}."

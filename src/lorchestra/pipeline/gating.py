@@ -32,7 +32,7 @@ from lorchestra.pipeline.cache import Step, StepCache, step_digest, write_json
 from lorchestra.pipeline.choosing import betas, domains_of, mounted
 from lorchestra.pipeline.lazy import LazyBase
 from lorchestra.pipeline.prepare import Prepared
-from lorchestra.recipe.gate import SEVERAL, candidates
+from lorchestra.recipe.gate import SEVERAL, candidates, reason
 from lorchestra.recipe.recipe import Recipe
 
 MEASURE_VERSION = 1
@@ -165,7 +165,7 @@ def fit_gate(
             return _fit(prepared, members, weights, one, measured, base, work, reporter)
 
         if cache.lookup("gate", one.digest) is None:
-            reporter.say(f"{one.name}: {_called(one, len(members))}")
+            reporter.say(f"{one.name}: {_called(one, len(members), reason(prepared.recipe))}")
         steps.append(cache.build("gate", one.digest, make, reporter.say))
     return chosen_gate(prepared, members, inputs, steps)
 
@@ -211,11 +211,11 @@ def shares(coefficients: Tensor) -> Tensor:
     return coefficients.mean(dim=1) if coefficients.ndim == 3 else coefficients
 
 
-def _called(inputs: GateInputs, members: int) -> str:
-    """``softmax over 3 adapters, fitted to 240 prompts of 3 stages``."""
+def _called(inputs: GateInputs, members: int, why: str) -> str:
+    """``softmax (…) over 3 adapters, fitted to 240 prompts of 3 stages``; ``why`` the activation, if it was settled."""
     stages = len({example.domain for example in inputs.data.train})
     return (
-        f"{inputs.settings.activation} over {counted(members, 'adapter')}, fitted to "
+        f"{inputs.settings.activation}{f' ({why})' if why else ''} over {counted(members, 'adapter')}, fitted to "
         f"{counted(len(inputs.data.train), 'prompt')} of {counted(stages, 'stage')}"
     )
 

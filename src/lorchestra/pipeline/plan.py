@@ -34,6 +34,7 @@ from lorchestra.pipeline.prepare import Prepared, prepare, split_spec
 from lorchestra.pipeline.publishing import check_publish, destination
 from lorchestra.pipeline.refitting import acting, refit_inputs
 from lorchestra.pipeline.training import Trained, context_of, load_trained, mixed_inputs, stage_digest, stage_inputs
+from lorchestra.recipe.gate import candidates, reason
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.recipe.sections import Stage
 from lorchestra.recipe.sources import expand
@@ -235,8 +236,10 @@ class _Planner:
         names = gate_names(recipe)
         digests = [one.digest for one in inputs] or [""] * len(names)
         steps = []
+        cost, why = costs.gate() if costs else None, reason(recipe)
+        note = f"{candidates(recipe)[0].activation}: {why}" if why else ""
         for name, digest in zip(names, digests, strict=True):
-            steps.append(self._look("gate", ("data", *trained, *after), digest, costs.gate() if costs else None, name))
+            steps.append(self._look("gate", ("data", *trained, *after), digest, cost, name, note))
         found = [step for step in steps if step is not None]
         digest = ""
         if prepared and members is not None and chosen is not None and len(found) == len(names):
@@ -271,10 +274,13 @@ class _Planner:
             return None
         return {name: adapter for name, adapter in refitted.items() if name in recipe.members}
 
-    def _look(self, kind: str, needs: tuple[str, ...], digest: str, cost: Cost | None, name: str = "") -> Step | None:
-        """Add a step that is looked up by its digest, where that is known already."""
+    def _look(
+        self, kind: str, needs: tuple[str, ...], digest: str, cost: Cost | None, name: str = "", note: str = ""
+    ) -> Step | None:
+        """Add a step that is looked up by its digest, where that is known already; ``note`` is of one still to do."""
         step = self.cache.lookup(kind, digest) if digest else None
         planned = PlannedStep(name or kind, kind, needs, "cached" if step else "to do", digest=digest)
+        planned = replace(planned, note="" if step else note)
         if cost is not None:
             planned = replace(planned, seconds=0.0 if step else cost.seconds, memory=cost.memory)
         self._add(planned)

@@ -73,6 +73,12 @@ def candidates(recipe: Recipe) -> list[Gate]:
     return [gate.model_copy(update=dict(zip(SEVERAL, values, strict=True))) for values in product(*listed)]
 
 
+def reason(recipe: Recipe) -> str:
+    """Why ``activation: auto`` is what it is; empty where the recipe says which."""
+    gate = recipe.fusion.gate
+    return suggest_activation(recipe)[1] if gate is not None and gate.activation == "auto" else ""
+
+
 def suggest_activation(recipe: Recipe) -> tuple[Activation, str]:
     """What ``activation: auto`` stands for, and why.
 
