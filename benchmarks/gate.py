@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # its parts are scripts too
 
 from gate_parts import Case, naive_bayes, real, tiny
 from gate_tables import table
+from gate_worth import fitted, losses
 
 RESULTS = Path(__file__).parent / "results" / "gate.json"
 LAYERS = (0, 1, 2, 4, 8)
@@ -81,6 +82,7 @@ def main() -> None:
             case = real(asked)
         else:
             options.error("give --run DIR, --adapter NAME=DIR for every stage, or --short")
+        asked.pad_id = case.base.pad_id
         for part in asked.only or list(MEASURES):
             found[part] = about(asked, case) | MEASURES[part](asked, case)
             if not asked.short:  # after each, so that an interrupted benchmark has what it measured
@@ -95,16 +97,6 @@ def about(asked: argparse.Namespace, case: Case) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M %Z"), "threads": asked.threads, "cpus": os.cpu_count(),
         "load": os.getloadavg()[1], "dtype": str(case.base.dtype).removeprefix("torch."), "domains": list(case.members),
     }  # fmt: skip
-
-
-def kept(place: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Plain JSON, made once."""
-    if not place.exists():
-        partial = place.with_suffix(".partial")
-        partial.write_text(json.dumps(make()), encoding="utf-8")
-        partial.rename(place)
-    found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-    return found
 
 
 # ---- who is asked
@@ -162,47 +154,6 @@ def by_gate(asked: argparse.Namespace, case: Case, layers: int, seen: Any) -> li
     return [gate.members[k] for k in gate.coefficients(seen).argmax(dim=1).tolist()]
 
 
-def fitted(asked: argparse.Namespace, case: Case, layers: int, epochs: float, start: Any = None) -> Any:
-    """A gate, on losses of the members that are measured once."""
-    from lorchestra.gate import FitSettings
-    from lorchestra.gate.fit import fit
-
-    train = [one.example for one in case.drawn(asked.examples)]
-    held = [one.example for one in case.first("validation", asked.held)]
-    members, pad_id = tuple(case.members), case.base.pad_id
-    with case.mounted() as bank:
-        measured = measured_by_domain(asked, case, bank, train, held)
-        settings = FitSettings(layers=layers, epochs=epochs, keep_prompts=True)
-        return fit(
-            bank, members, train, held, settings, name="domains", pad_id=pad_id, measured=measured, start=start,
-        )  # fmt: skip
-
-
-def measured_by_domain(
-    asked: argparse.Namespace, case: Case, bank: Any, train: Sequence[Any], held: Sequence[Any]
-) -> Any:
-    """The members' losses, domain after domain, so that a measurement that is ended early goes on where it was."""
-    from lorchestra.gate.measure import Measured, measure, measured_digest
-
-    members, pad_id = tuple(case.members), case.base.pad_id
-    parts = []
-    for name in members:
-        mine = [[one for one in part if one.domain == name] for part in (train, held)]
-        digest = measured_digest(bank, members, *mine, {})[7:31]
-        told = kept(
-            asked.work / f"measured-{digest}.json",
-            lambda mine=mine: measure(bank, members, *mine, pad_id=pad_id).as_dict(),
-        )
-        parts.append(Measured.from_dict(told))
-    return Measured(
-        members,
-        tuple(row for part in parts for row in part.train),
-        tuple(row for part in parts for row in part.validation),
-        (0.0,) * (len(train) + len(held)),
-        measured_digest(bank, members, train, held, {}),
-    )
-
-
 def by_router(case: Case, layers: int, train: Sequence[Any], x: Any, seen: Any) -> dict[str, list[str]]:
     """By prototypes, the nearest and with nobody; by the weights alone; by both, where every other has prompts."""
     from lorchestra.gate.features import FeatureSpec
@@ -225,55 +176,25 @@ def by_router(case: Case, layers: int, train: Sequence[Any], x: Any, seen: Any) 
     return {
         "router, nearest prototype": [min(found, key=found.__getitem__) for found in distances],
         "router, prototypes": routed(known),
+        "directions, the most unlikely for plain prompts": by_directions(weights, background, seen),
         "router, directions": routed(weights),
         "router, both: prototypes of every other adapter": routed(half),
     }
 
 
-# ---- what it is worth
+def by_directions(weights: Mapping[str, Any], background: Any, seen: Any) -> list[str]:
+    """What a router by directions would choose if it had to: log ‖ΔW x‖² in standard deviations of plain prompts."""
+    import torch
 
-
-def static(asked: argparse.Namespace, case: Case) -> Any:
-    """The best candidate of a search on λ-validation: of the run's, or of one that is made here."""
-    from lorchestra.events import SILENT
-    from lorchestra.pipeline.searching import Searched, SearchPlan, search_weights
-
-    if asked.searched:
-        found = Searched.from_dict(json.loads(asked.searched.read_text(encoding="utf-8")))
-    else:
-        domains = case.domains("validation", asked.held)
-        found = search_weights(case.base, case.members, domains, {}, SearchPlan(), asked.work / "search", SILENT)
-    return min(found.candidates, key=lambda candidate: candidate.score)
-
-
-def losses(asked: argparse.Namespace, case: Case) -> dict[str, Any]:
-    """The verdict on a gate trained end to end."""
-    from lorchestra.events import SILENT
-    from lorchestra.gate import load, save
-    from lorchestra.pipeline.gate_alone import enter_sealed, judge_alone
-
-    best = static(asked, case)
-    place = asked.work / f"gate-{asked.layers}-{asked.epochs:g}"
-    if not place.exists():
-        made = fitted(asked, case, asked.layers, asked.epochs, dict(best.weights))
-        save(made.gate, place, made.as_dict())
-    gate = load(place)
-    fit = json.loads((place / "gate.json").read_text(encoding="utf-8"))["fit"]
-    held = case.held(asked.items)
-    reads = {} if asked.short else enter_sealed(held, gate)
-    with case.mounted() as bank:
-        judged = judge_alone(
-            bank, gate, held, pad_id=case.base.pad_id, static=dict(best.weights),
-            oracle=fit["loads"]["best"], betas={}, shown=2, reporter=SILENT,
-        )  # fmt: skip
-    behind = judged.verdict.behind_oracle
-    return {
-        "layers": asked.layers, "epochs": asked.epochs, "begun": fit["begun"], "history": fit["history"],
-        "static": dict(best.weights), "static_origin": best.origin, "oracle": judged.oracle,
-        "items": asked.items, "reads": reads, "verdict": judged.verdict.as_dict(), "coefficients": judged.coefficients,
-        "accuracy": {name: [found.estimate, found.low, found.high] for name, found in judged.accuracy.items()},
-        "behind_oracle": None if behind is None else [behind.estimate, behind.low, behind.high],
-    }  # fmt: skip
+    scores = []
+    for one in weights.values():
+        rows = one.directions * background.norm
+        plain, asked = (
+            (torch.nn.functional.normalize(x, dim=1) @ rows.T).square().sum(dim=1).clamp_min(1e-30).log()
+            for x in (background.x, seen)
+        )
+        scores.append((asked - plain.mean()) / plain.std())
+    return [list(weights)[k] for k in torch.stack(scores).argmax(dim=0).tolist()]
 
 
 # ---- what it costs

@@ -34,6 +34,8 @@ def _share(cell: Mapping[str, Any]) -> str:
 
 
 def _losses(part: Mapping[str, Any]) -> list[str]:
+    from lorchestra.evaluate.verdict import ALL
+
     evaluation = part["verdict"]["evaluation"]
     domains = evaluation["domains"]
     at = {(row["model"], row["domain"], row["metric"]): row for row in evaluation["rows"]}
@@ -47,8 +49,8 @@ def _losses(part: Mapping[str, Any]) -> list[str]:
     ]
     for model in evaluation["models"]:
         cells = [_value(at.get((model, name, "nll"))) for name in domains]
-        whole = at.get((model, "all", "loss_ratio"))
-        lines.append(_row(model, *cells, _value(whole), _signed(apart.get((model, "all", "loss_ratio")))))
+        whole = at.get((model, ALL, "loss_ratio"))
+        lines.append(_row(model, *cells, _value(whole), _signed(apart.get((model, ALL, "loss_ratio")))))
     return [*lines, "", part["verdict"]["sentence"]]
 
 

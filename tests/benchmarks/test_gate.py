@@ -20,6 +20,12 @@ def tables(benchmarks, monkeypatch):
 
 
 @pytest.fixture
+def worth(benchmarks, monkeypatch):
+    monkeypatch.syspath_prepend(benchmarks)
+    return importlib.import_module("gate_worth")
+
+
+@pytest.fixture
 def gate(script, parts):
     return script("gate")
 
@@ -68,23 +74,23 @@ def test_a_prompt_is_as_long_as_it_is_asked_to_be(parts):
     assert case.long_prompt(7) == [5, 6, 7, 5, 6, 7, 5]
 
 
-def test_what_was_made_is_not_made_again(gate, tmp_path):
+def test_what_was_made_is_not_made_again(worth, tmp_path):
     made = []
 
     def make():
         made.append(1)
         return {"n": len(made)}
 
-    assert gate.kept(tmp_path / "n.json", make) == gate.kept(tmp_path / "n.json", make) == {"n": 1}
+    assert worth.kept(tmp_path / "n.json", make) == worth.kept(tmp_path / "n.json", make) == {"n": 1}
 
 
-def test_what_fails_leaves_nothing_behind_to_be_taken_for_finished(gate, tmp_path):
+def test_what_fails_leaves_nothing_behind_to_be_taken_for_finished(worth, tmp_path):
     def fail():
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        gate.kept(tmp_path / "n.json", fail)
-    assert gate.kept(tmp_path / "n.json", lambda: {"n": 2}) == {"n": 2}
+        worth.kept(tmp_path / "n.json", fail)
+    assert worth.kept(tmp_path / "n.json", lambda: {"n": 2}) == {"n": 2}
 
 
 def test_the_tables_of_what_is_timed(tables):

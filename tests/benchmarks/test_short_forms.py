@@ -13,7 +13,7 @@ ROWS = {
     "fusion": ("| PEFT linear | rsLoRA |", "| lorchestra, applied by PEFT | LoRA |", "lorchestra from the optimum"),
     "gate": (
         "| gate |", "| router, nearest prototype |", "| naive Bayes on words |", "| static |", "| oracle |",
-        "The gate is ", "| 512 |", "| 10 |",
+        "| 1.000 |", "The gate is ", "| 512 |", "| 10 |",
     ),
     "linear": ("| q, k, v | 57 |", "| o | 256 |"),
     "merge": ("| lorchestra |", "| PEFT |", "| yes, all 21 |"),
