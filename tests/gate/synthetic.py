@@ -8,7 +8,7 @@ from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.lowrank import LowRank
 
 
-def adapter(n=24, rank=3, seed=0, layer=1, names=("q_proj", "k_proj", "v_proj"), dtype=torch.float32) -> Adapter:
+def adapter(n=24, rank=3, seed=0, layer=2, names=("q_proj", "k_proj", "v_proj"), dtype=torch.float32) -> Adapter:
     """Changes the attention of one layer."""
     noise = torch.Generator().manual_seed(seed)
     return Adapter({

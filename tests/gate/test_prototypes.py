@@ -31,14 +31,14 @@ def test_directions_are_those_of_the_dense_stack_and_of_no_basis(seed, rank):
     _, s, V = torch.linalg.svd(dense)
     wanted = V[:DIRECTIONS] * s[:DIRECTIONS, None]
     wanted = wanted / wanted.norm()
-    found = directions(one, 1)
+    found = directions(one, 2)
     assert torch.allclose(gram(found), gram(wanted), atol=1e-6)
     noise = torch.Generator().manual_seed(seed + 1)
     turned = {}
     for path, update in one.modules.items():
         M = torch.randn(rank, rank, generator=noise, dtype=torch.float64) + 3 * torch.eye(rank, dtype=torch.float64)
         turned[path] = LowRank(update.B @ M, torch.linalg.inv(M) @ update.A)
-    assert torch.allclose(gram(directions(Adapter(turned), 1)), gram(found), atol=1e-6)
+    assert torch.allclose(gram(directions(Adapter(turned), 2)), gram(found), atol=1e-6)
 
 
 def test_directions_are_of_what_reads_the_features_alone():
@@ -51,9 +51,9 @@ def test_directions_are_of_what_reads_the_features_alone():
 def test_prompts_become_centroids_and_their_scatter():
     noise = torch.Generator().manual_seed(0)
     places = 10 * torch.randn(3, 24, generator=noise)
-    x = torch.cat([place + plain(70, 24, noise) for place in places])
+    x = torch.cat([place + plain(140, 24, noise) for place in places])
     found = of_prompts(adapter(), x)
-    assert found.prompts == 210
+    assert found.prompts == 420
     assert len(found.centroids) == 4
     for place in places:  # every place has a centroid near it
         assert float((found.centroids - place).norm(dim=1).min()) < 3

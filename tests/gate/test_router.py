@@ -12,8 +12,8 @@ from tests.gate.synthetic import adapter, plain
 from lorchestra.errors import UserError
 from lorchestra.gate.background import Background
 from lorchestra.gate.features import FeatureSpec
-from lorchestra.gate.prototypes import FEATURES, Prototype, of_prompts
-from lorchestra.gate.router import FARTHEST, LEAST, POOLED, SHRINKAGE, TEMPERATURE, UNLIKELY, Router
+from lorchestra.gate.prototypes import AXES, FEATURES, Prototype, of_prompts
+from lorchestra.gate.router import FARTHEST, LEAST, POOLED, PRIOR, SHRINKAGE, TEMPERATURE, UNLIKELY, Router
 
 N = 24
 
@@ -33,25 +33,30 @@ def known(count, n=N, seed=1, prompts=60):
     return out
 
 
-def covariance(prototypes):
-    """Σ, dense, in float64: pooled scatter shrunk towards its diagonal, of adapters spread evenly over all."""
+def covariance(prototypes, plain_x):
+    """Σ, dense, in float64: pooled scatter shrunk towards its diagonal, of adapters spread evenly over all, and of
+    plain prompts.
+    """
     step = max(1.0, len(prototypes) / POOLED)
     chosen = [prototypes[int(i * step)] for i in range(min(len(prototypes), POOLED))]
-    total = np.mean([one.variance.double().numpy() for one in chosen], axis=0)
-    pooled = np.mean([one.axes.double().numpy().T @ one.axes.double().numpy() for one in chosen], axis=0)
-    rest = total - (1 - SHRINKAGE) * np.diag(pooled)
-    rest = np.maximum(rest, max(total.mean() * 1e-3, 1e-12))
+    d = (plain_x - plain_x.mean(dim=0)).double().numpy()
+    values, vectors = np.linalg.eigh(d.T @ d / len(d))
+    kept = vectors[:, -AXES:] * np.sqrt(np.maximum(values[-AXES:], 0))
+    total = np.mean([(d**2).mean(axis=0), *(one.variance.double().numpy() for one in chosen)], axis=0)
+    scatters = [kept @ kept.T, *(one.axes.double().numpy().T @ one.axes.double().numpy() for one in chosen)]
+    pooled = np.mean(scatters, axis=0)
+    rest = np.maximum(total - (1 - SHRINKAGE) * np.diag(pooled), total.mean() * 1e-3)
     return (1 - SHRINKAGE) * pooled + np.diag(rest)
 
 
 def expected(prototypes, plain_x, x, k):
     """The router's answer by dense algebra, an adapter at a time."""
     names = sorted(prototypes)
-    inverse = np.linalg.inv(covariance([prototypes[name] for name in names]))
-    own = x.double().numpy()
+    inverse = np.linalg.inv(covariance([prototypes[name] for name in names], plain_x))
+    here = x.double().numpy()
 
     def squared(centre):
-        d = own - centre
+        d = here - centre
         return float(d @ inverse @ d)
 
     found = {}
@@ -60,7 +65,8 @@ def expected(prototypes, plain_x, x, k):
         scatter = one.axes.double().numpy().T @ one.axes.double().numpy()
         scatter = scatter + np.diag(np.maximum(one.variance.double().numpy() - np.diag(scatter), 0))
         nearest = min(squared(c) for c in one.centroids.double().numpy())
-        found[name] = nearest, float(np.trace(inverse @ scatter))
+        own = one.prompts * float(np.trace(inverse @ scatter)) + PRIOR * len(x)
+        found[name] = nearest, own / (one.prompts - len(one.centroids) + PRIOR)
     nearest = sorted((d, name) for name, (d, _) in found.items())[:k]
     nearest = [(d, name) for d, name in nearest if d <= FARTHEST * found[name][1]]
     if not nearest or squared(plain_x.double().mean(dim=0).numpy()) < nearest[0][0]:
@@ -77,7 +83,7 @@ def test_a_thousand_adapters_are_told_apart_as_float64_does(k):
     router = Router(prototypes, behind)
     noise = torch.Generator().manual_seed(7)
     names = sorted(world)
-    asked = [world[names[i]][0].centroids[0] + 0.8 * torch.randn(N, generator=noise) for i in range(0, 1000, 40)]
+    asked = [world[names[i]][0].centroids[0] + 0.5 * torch.randn(N, generator=noise) for i in range(0, 1000, 40)]
     asked += [*plain(5, N, noise), *(9 * torch.randn(5, N, generator=noise))]
     chosen = 0
     for x in asked:
@@ -110,7 +116,7 @@ def test_scores_are_distances_in_units_of_the_adapters_own_prompts():
     router = Router({name: prototype for name, (prototype, _) in world.items()}, background())
     for name, (_, x) in world.items():
         mean = sum(router.scores(row)[name] for row in x) / len(x)
-        assert mean == pytest.approx(1, rel=1e-3)
+        assert mean == pytest.approx(1, rel=0.15)  # beyond the axes, its scatter is known as a diagonal alone
 
 
 def test_an_adapter_of_which_only_weights_are_known_is_chosen_where_its_delta_w_answers_unusually_strongly():
@@ -174,4 +180,5 @@ def test_prompts_that_never_vary_divide_by_nothing():
     flat = of_prompts(adapter(N), torch.ones(1, N))
     router = Router({"flat": flat}, background())
     assert router.route(torch.ones(N)) == (("flat", 1.0),)
+    assert router.route(-torch.ones(N)) == ()
     assert FeatureSpec() != FEATURES

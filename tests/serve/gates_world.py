@@ -64,7 +64,7 @@ def write_adapters(place, names=NAMES, prompted=False):
     for i, name in enumerate(names):
         out[name] = adapter_for(model, i, rank=(3, 8, 5)[i]).save(place / name)
         if prompted:
-            x = features(model, [ids_of(text) for text in texts_of(name, 40)], prototypes.FEATURES)
+            x = features(model, [ids_of(text) for text in texts_of(name, 150)], prototypes.FEATURES)
             prototypes.save(prototypes.of_prompts(Adapter.load(out[name]), x), out[name])
     return out
 
@@ -73,7 +73,8 @@ def gate_of(directories, name="triage", seed=0, width=32, spec=EMBEDDINGS, base=
     """A gate whose network is drawn at random: its coefficients differ between prompts."""
     members = tuple(AdapterId(member, Adapter.load(path).digest) for member, path in directories.items())
     n = 2 * width if spec.last else width
-    gate = Gate(GateSpec(name, members, base, spec, **settings), torch.zeros(n), torch.full((n,), 0.05), seed)
+    usual = features(make_tiny_model(), [ids_of(text) for kind in KINDS for text in texts_of(kind, 4)], spec)
+    gate = Gate(GateSpec(name, members, base, spec, **settings), usual.mean(dim=0), usual.std(dim=0), seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for parameter in gate.parameters():

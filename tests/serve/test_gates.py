@@ -69,7 +69,7 @@ def test_an_answer_is_that_of_the_mixture_that_the_header_tells(world, gates, na
         assert choices == reference
         assert none is None
         assert nothing is None
-        seen.add(tuple(told.values()))
+        seen.add(tuple(told.items()))
     assert len(seen) > 1  # or the prompts had no say
 
 

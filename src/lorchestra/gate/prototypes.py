@@ -27,9 +27,10 @@ from lorchestra.gate.features import FeatureSpec
 FILE = "prototypes.safetensors"
 FORMAT = 1
 LARGEST = 16 << 20  # bytes of a file
-FEATURES = FeatureSpec(layers=1)  # of all prototypes: one pass over a prompt serves all adapters
+# Of all prototypes: one pass over a prompt serves all adapters. Fewer layers know another language less surely.
+FEATURES = FeatureSpec(layers=2)
 CENTROIDS, AXES, DIRECTIONS = 4, 16, 8  # at most
-PROMPTS_EACH = 50  # training prompts to a centroid, at least
+PROMPTS_EACH = 100  # training prompts to a centroid, at least
 ROUNDS = 25  # of k-means
 _INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "W_pack", "in_proj")
 
@@ -94,8 +95,6 @@ def of_prompts(adapter: Adapter, x: Tensor, features: FeatureSpec = FEATURES, se
     k = max(1, min(CENTROIDS, len(x) // PROMPTS_EACH))
     centroids, nearest = _k_means(x, k, seed)
     scatter = x - centroids[nearest]
-    _, s, V = torch.linalg.svd(scatter, full_matrices=False)
-    axes = V[:AXES] * (s[:AXES, None] / len(x) ** 0.5)
     known = of_adapter(adapter, features)
     return Prototype(
         known.adapter,
@@ -104,8 +103,15 @@ def of_prompts(adapter: Adapter, x: Tensor, features: FeatureSpec = FEATURES, se
         len(x),
         centroids.float(),
         scatter.square().mean(dim=0).float(),
-        axes[s[:AXES] > 0].float(),
+        scattered(scatter),
     )
+
+
+def scattered(deviations: Tensor) -> Tensor:
+    """``[q, n]`` float32: principal axes of ``deviations [N, n]``, each times the standard deviation along it."""
+    _, s, V = torch.linalg.svd(deviations.double(), full_matrices=False)
+    axes: Tensor = V[:AXES] * (s[:AXES, None] / len(deviations) ** 0.5)
+    return axes[s[:AXES] > 0].float()
 
 
 def combined(adapter: Adapter, parts: Sequence[Prototype]) -> Prototype:
@@ -240,7 +246,7 @@ def _k_means(x: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
     centroids = x[order[:k]].clone() if k > 1 else x.mean(dim=0, keepdim=True)
     nearest = torch.cdist(x, centroids).argmin(dim=1)
     for _ in range(ROUNDS if k > 1 else 0):
-        used = nearest.unique()
+        used = [j for j in range(len(centroids)) if bool((nearest == j).any())]
         centroids = torch.stack([x[nearest == j].mean(dim=0) for j in used])
         before, nearest = nearest, torch.cdist(x, centroids).argmin(dim=1)
         if len(used) == k and bool((nearest == before).all()):

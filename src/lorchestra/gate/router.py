@@ -22,14 +22,15 @@ from torch import Tensor
 
 from lorchestra.errors import UserError
 from lorchestra.gate.background import Background
-from lorchestra.gate.prototypes import Prototype
+from lorchestra.gate.prototypes import Prototype, scattered
 
 SHRINKAGE = 0.3  # of Σ towards its diagonal
 AXES = 256  # R, at most
 POOLED = 32  # adapters whose scatter makes Σ, at most: evenly among all
-FARTHEST = 2.0  # mean squared distances of an adapter's own prompts, beyond which a prompt is not its own
+FARTHEST = 2.5  # mean squared distances of an adapter's own prompts, beyond which a prompt is not its own
 UNLIKELY = 4.0  # standard deviations of plain prompts, from which directions speak for an adapter
 TEMPERATURE = 4.0  # of coefficients, where several adapters share an answer
+PRIOR = 10  # prompts that an adapter's own mean squared distance counts as much as what is usual
 LEAST = 0.05  # a coefficient below this is not worth its adapter's products
 Routed = tuple[tuple[str, float], ...]
 
@@ -54,17 +55,13 @@ class Metric:
         return y - (y @ self.axes.T * self.shrink) @ self.axes
 
     @classmethod
-    def of(cls, prototypes: list[Prototype]) -> Metric:
-        """Pooled over prototypes that have prompts: at least one."""
-        step = max(1.0, len(prototypes) / POOLED)
-        chosen = [prototypes[int(i * step)] for i in range(min(len(prototypes), POOLED))]
-        axes = torch.cat([one.axes for one in chosen]).double() * ((1 - SHRINKAGE) / len(chosen)) ** 0.5
-        total = torch.stack([one.variance for one in chosen]).double().mean(dim=0)
-        diagonal = total - axes.square().sum(dim=0)
-        # Features that never vary would divide by nothing; one prompt alone has no scatter at all.
-        floor = max(float(total.mean()) * 1e-3, 1e-12)
-        scale = diagonal.clamp_min(floor).rsqrt()
-        _, s, V = torch.linalg.svd(axes * scale, full_matrices=False)
+    def of(cls, axes: list[Tensor], variances: list[Tensor]) -> Metric:
+        """Pooled over classes: of each the axes of its scatter ``[q, n]`` and its variance ``[n]``."""
+        pooled = torch.cat(axes).double() * ((1 - SHRINKAGE) / len(axes)) ** 0.5
+        total = torch.stack(variances).double().mean(dim=0)
+        diagonal = total - pooled.square().sum(dim=0)
+        scale = diagonal.clamp_min(float(total.mean()) * 1e-3).rsqrt()  # what never varies would divide by nothing
+        _, s, V = torch.linalg.svd(pooled * scale, full_matrices=False)
         shrink = 1 - 1 / (1 + s[:AXES].square()).sqrt()
         return cls(scale.float(), V[:AXES].float(), shrink.float())
 
@@ -95,6 +92,7 @@ class Router:
                 if len(tensor) and tensor.shape[1] != n:
                     raise UserError(f"the prototype of {name!r} has {tensor.shape[1]} features; this base has {n}")
         self.background, self.farthest, self.temperature = background, farthest, temperature
+        self._centre = background.x.mean(dim=0)
         known = {name: one for name, one in sorted(prototypes.items()) if one.prompts}
         weights = {name: one for name, one in sorted(prototypes.items()) if not one.prompts and len(one.directions)}
         self._known, self._weights = tuple(known), tuple(weights)
@@ -131,25 +129,37 @@ class Router:
         """
         if not self._known:
             return {}
-        found = (self._distances(self._metric(x.float())) / self._own).tolist()
+        found = (self._distances(self._whitened(x.float())) / self._own).tolist()
         return dict(zip(self._known, found, strict=True))
 
     def _take_prompts(self, known: list[Prototype]) -> None:
-        self._metric = Metric.of(known)
-        self._centroids = self._metric(torch.cat([one.centroids for one in known]))  # [C, n]
+        plain = scattered(self.background.x - self._centre)
+        step = max(1.0, len(known) / POOLED)
+        pooled = [known[int(i * step)] for i in range(min(len(known), POOLED))]
+        # Plain prompts are a class as the others are: with them there is a scatter, however few prompts adapters have.
+        self._metric = Metric.of(
+            [plain, *(one.axes for one in pooled)],
+            [self.background.x.var(dim=0, correction=0), *(one.variance for one in pooled)],
+        )
+        self._centroids = self._whitened(torch.cat([one.centroids for one in known]))  # [C, n]
         self._squares = self._centroids.square().sum(dim=1)
-        counts = [len(one.centroids) for one in known]
-        self._owner = torch.repeat_interleave(torch.tensor(counts))
-        self._own = torch.tensor([self._spread(one) for one in known])
-        self._plain = self._metric(self.background.x.mean(dim=0))
+        counts = torch.tensor([len(one.centroids) for one in known])
+        self._owner = torch.repeat_interleave(counts)
+        prompts = torch.tensor([one.prompts for one in known])
+        spreads = torch.tensor([self._spread(one) for one in known])
+        usual = float(len(self._centre))  # tr(Σ⁻¹ Σ)
+        self._own = (prompts * spreads + PRIOR * usual) / ((prompts - counts).clamp_min(0) + PRIOR)
+
+    def _whitened(self, x: Tensor) -> Tensor:
+        """``[…, n]`` to the same; plain prompts are about 0, so that distances are no differences of large numbers."""
+        return self._metric(x - self._centre)
 
     def _spread(self, one: Prototype) -> float:
         """Mean squared distance of an adapter's prompts from their nearest centroid: tr(Σ⁻¹ Σ_own)."""
         metric = self._metric
         rest = (one.variance - one.axes.square().sum(dim=0)).clamp_min(0) * metric.scale.square()
         lost = (2 * metric.shrink - metric.shrink.square())[:, None] * metric.axes.square()
-        own = float(metric(one.axes).square().sum()) + float((rest * (1 - lost.sum(dim=0))).sum())
-        return max(own, 1e-12)
+        return float(metric(one.axes).square().sum()) + float((rest * (1 - lost.sum(dim=0))).sum())
 
     def _take_directions(self, weights: list[Prototype]) -> None:
         self._directions = torch.cat([one.directions for one in weights]) * self.background.norm  # [Σd, n]
@@ -166,7 +176,7 @@ class Router:
     def _by_prompts(self, x: Tensor, k: int) -> Routed:
         if not self._known:
             return ()
-        y = self._metric(x)
+        y = self._whitened(x)
         distances = self._distances(y)
         order = distances.topk(min(k, len(distances)), largest=False)
         nearest = [
@@ -174,7 +184,7 @@ class Router:
             for d, i in zip(order.values.tolist(), order.indices.tolist(), strict=True)
             if d <= self.farthest * float(self._own[i])
         ]
-        if not nearest or float((y - self._plain).square().sum()) < nearest[0][1]:
+        if not nearest or float(y.square().sum()) < nearest[0][1]:
             return ()
         shares = [math.exp((nearest[0][1] - d) / (2 * self.temperature)) for _, d in nearest]
         kept = [(i, share) for (i, _), share in zip(nearest, shares, strict=True) if share / sum(shares) >= LEAST]

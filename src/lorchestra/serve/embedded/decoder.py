@@ -104,7 +104,7 @@ class LlamaDecoder:
                     Linear.of(mlp.down_proj),
                 )
             )
-        self.groups = tuple(groups)
+        self.groups, self.depth = tuple(groups), len(self.layers)
         self.norm = _Norm(inner.norm.weight, self.eps)
         self.head = Linear.of(model.lm_head)
         places = torch.arange(max_length, device=self.device)[None]
@@ -126,7 +126,7 @@ class LlamaDecoder:
         Returns:
             ``[b, L, n]``.
         """
-        return self._through(ids, step, bank, acting, len(self.layers))
+        return self._through(ids, step, bank, acting, self.depth)
 
     @torch.inference_mode()
     def embedded(self, ids: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class LlamaDecoder:
     def early_states(self, ids: Tensor, step: Reading, bank: RowBank, layers: int) -> Tensor:
         """The base's own states; as :class:`~lorchestra.serve.embedded.scheduler.Decoder`."""
         x = self._through(ids, step, bank, Acting(()), layers)
-        return self.norm(x, None) if layers == len(self.layers) else x
+        return self.norm(x, None) if layers == self.depth else x
 
     def _through(self, ids: Tensor, step: Reading | Decoding, bank: RowBank, acting: Acting, layers: int) -> Tensor:
         """The states after the first ``layers``."""

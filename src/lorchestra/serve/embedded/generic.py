@@ -72,7 +72,8 @@ class GenericDecoder:
         self.groups = groups_of(shapes)
         self._adding: tuple[RowBank, Acting] | None = None
         names = ("layers", "h", "blocks")
-        self.layers = next((found for name in names if (found := getattr(self._body, name, None)) is not None), ())
+        self._layers = next((found for name in names if (found := getattr(self._body, name, None)) is not None), ())
+        self.depth = len(self._layers)
         for index, path in enumerate(shapes):
             linears[path].register_forward_hook(self._hook(index))
 
@@ -94,13 +95,13 @@ class GenericDecoder:
     @torch.inference_mode()
     def early_states(self, ids: Tensor, step: Reading, bank: RowBank, layers: int) -> Tensor:
         """The base's own states; as :class:`~lorchestra.serve.embedded.scheduler.Decoder`."""
-        if layers == len(self.layers):
+        if layers == self.depth:
             return self._pass(ids, step)
 
         def leave(_: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
             raise _Reached(arguments[0] if arguments else named["hidden_states"])
 
-        hook = self.layers[layers].register_forward_pre_hook(leave, with_kwargs=True)
+        hook = self._layers[layers].register_forward_pre_hook(leave, with_kwargs=True)
         try:
             self._pass(ids, step)
         except _Reached as reached:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Decoder(Protocol):
     Attributes:
         groups: modules that adapters may change.
         shape: of its cache.
-        layers: the model's, in order.
+        depth: layers that the model has.
         tokens: V, of its output.
         dtype: of its weights and cache.
         device: it is on.
@@ -43,7 +43,7 @@ class Decoder(Protocol):
 
     groups: tuple[Group, ...]
     shape: CacheShape
-    layers: Sequence[Any]
+    depth: int
     tokens: int
     dtype: torch.dtype
     device: torch.device

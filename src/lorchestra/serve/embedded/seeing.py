@@ -39,9 +39,9 @@ class Sight:
         Raises:
             UserError: more layers than the model has.
         """
-        if layers > len(self._decoder.layers):
+        if layers > self._decoder.depth:
             raise UserError(
-                f"features of {layers} layers were asked for, and this base has {len(self._decoder.layers)}; the gate "
+                f"features of {layers} layers were asked for, and this base has {self._decoder.depth}; the gate "
                 "belongs to another base"
             )
         total, end = torch.zeros(()), torch.zeros(())
