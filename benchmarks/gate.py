@@ -41,6 +41,7 @@ RESULTS = Path(__file__).parent / "results" / "gate.json"
 LAYERS = (0, 1, 2, 4, 8)
 LENGTHS = (32, 128, 512)
 SLACK = 0.02  # of the prefill, beside l/L
+PROMPTS = 400  # of an adapter that is chosen among: enough for as many centroids as there may be
 
 
 def main() -> None:
@@ -171,10 +172,10 @@ def by_router(case: Case, layers: int, train: Sequence[Any], x: Any, seen: Any) 
         router = Router(which, background)
         return [next((name for name, _ in router.route(row)), "") for row in seen]
 
-    nearest = Router(known, background)
-    distances = [nearest.scores(row) for row in seen]
+    router, names = Router(known, background), sorted(known)
+    nearest = [names[int(router._distances(router._whitened(row)).argmin())] for row in seen]
     return {
-        "router, nearest prototype": [min(found, key=found.__getitem__) for found in distances],
+        "router, nearest prototype": nearest,
         "router, prototypes": routed(known),
         "directions, the most unlikely for plain prompts": by_directions(weights, background, seen),
         "router, directions": routed(weights),
@@ -239,7 +240,7 @@ def choice(asked: argparse.Namespace, case: Case) -> dict[str, Any]:
     """Seconds of one choice among many adapters, and of making the router."""
     import torch
 
-    from lorchestra.gate.prototypes import FEATURES, of_prompts
+    from lorchestra.gate.prototypes import CENTROIDS, FEATURES, of_prompts
     from lorchestra.gate.router import Router
 
     layers = min(FEATURES.layers, case.layer_count)
@@ -253,7 +254,7 @@ def choice(asked: argparse.Namespace, case: Case) -> dict[str, Any]:
         known = {}
         for i in range(count):
             around = x[int(torch.randint(len(x), (1,), generator=draw))]
-            mine = around + spread * torch.randn(200, len(spread), generator=draw)
+            mine = around + spread * torch.randn(PROMPTS, len(spread), generator=draw)
             known[f"adapter-{i:04}"] = of_prompts(adapter, mine)
         begun = time.perf_counter()
         router = Router(known, background)
@@ -269,7 +270,13 @@ def choice(asked: argparse.Namespace, case: Case) -> dict[str, Any]:
         rows[str(count)] = {
             "p50": statistics.median(seconds), "p99": seconds[int(0.99 * (len(seconds) - 1))], "made": made,
         }  # fmt: skip
-    return {"features": x.shape[1], "centroids": 4, "rounds": asked.rounds, "prompts": len(prompts), "rows": rows}
+    return {
+        "features": x.shape[1],
+        "centroids": CENTROIDS,
+        "rounds": asked.rounds,
+        "prompts": len(prompts),
+        "rows": rows,
+    }
 
 
 MEASURES = {"accuracy": accuracy, "losses": losses, "cost": cost, "choice": choice}
