@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 from markupsafe import escape
 from tests.pipeline.small_runs import WORDS, Listening
+from tests.pipeline.test_resume import Runs, assert_tidy, killed_until_done, warm_process
 
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.bank import Bank
@@ -21,6 +24,7 @@ from lorchestra.evaluate.score import score
 from lorchestra.evaluate.verdict import ALL
 from lorchestra.gate.features import features
 from lorchestra.gate.store import load
+from lorchestra.pipeline.cache import outputs
 from lorchestra.pipeline.choosing import domains_of
 from lorchestra.pipeline.execute import RunResult, run
 from lorchestra.pipeline.judging import sealed_items
@@ -330,3 +334,36 @@ def test_a_gate_with_an_adapter_brought_in_is_whole(gated, same_home):
     assert members["house"] == members["law"]
     assert load(found.gate, members).members == ("house", *ANSWERS)
     assert not (gated.where / "brought" / "adapters" / ".brought").exists()
+
+
+class GatedRuns(Runs):
+    def outcome(self, place: str) -> dict[str, Any]:
+        told = json.loads((self.run_dir(place) / "report.json").read_text())["gate"]
+        del told["settings"]["seconds"], told["ledger"]
+        result = json.loads((self.directory / f"{place}.json").read_text())
+        return {**result, "gate": told, "final": outputs(self.run_dir(place) / "final" / "gate")}
+
+
+warm = pytest.fixture(name="warm", scope="module")(warm_process)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_just_before_any_change_of_the_file_system(warm, tmp_path, tiny_dir):
+    """kill -9 from the first stage to the gate's delivery: the same gate, and never half of one under its name."""
+    write_data(tmp_path)
+    recipe = values(tiny_dir, {"epochs": 1, "layers": [0, 1], "examples": 12})
+    runs = GatedRuns(warm, tmp_path, recipe, tmp_path)
+    assert runs.go("whole")
+    whole, struck, chance = runs.outcome("whole"), collections.Counter(), random.Random(5)
+    assert whole["gate"]["kept"]
+
+    def death(attempt: int) -> dict[str, int]:
+        final = runs.run_dir("killed") / "final" / "gate"
+        assert not final.exists() or outputs(final) == whole["final"]
+        return {"events": chance.randint(20, 90) + attempt}  # growing: what is placed last takes many changes
+
+    assert killed_until_done(runs, "killed", whole, death, struck) >= 5
+    assert runs.outcome("killed") == whole
+    assert_tidy(runs, "killed")
+    assert not list((tmp_path / "killed").rglob(".gate.*"))
