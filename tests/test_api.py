@@ -28,11 +28,12 @@ def test_every_name_is_what_its_room_has():
     from lorchestra.bank import Bank
     from lorchestra.fusion.methods import compress, fuse
     from lorchestra.fusion.stream import merge
+    from lorchestra.gate import Gate
     from lorchestra.pipeline.execute import run
     from lorchestra.recipe.recipe import Recipe
     from lorchestra.train.peft_model import LoraConfig, get_peft_model
 
-    found = (Adapter, Bank, LoraConfig, LowRank, Recipe, compress, fuse, get_peft_model, merge, run)
+    found = (Adapter, Bank, Gate, LoraConfig, LowRank, Recipe, compress, fuse, get_peft_model, merge, run)
     for thing in found:
         assert getattr(lorchestra, thing.__name__) is thing
     assert {thing.__name__ for thing in found} | {"__version__"} == set(lorchestra.__all__) <= set(dir(lorchestra))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lorchestra.bank import Bank
     from lorchestra.fusion.methods import compress, fuse
     from lorchestra.fusion.stream import merge
+    from lorchestra.gate import Gate
     from lorchestra.pipeline.execute import run
     from lorchestra.recipe.recipe import Recipe
     from lorchestra.train.peft_model import LoraConfig, get_peft_model
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "Bank",
+    "Gate",
     "LoraConfig",
     "LowRank",
     "Recipe",
@@ -37,6 +39,7 @@ __all__ = [
 _HOMES = {
     "Adapter": "lorchestra.adapter.adapter",
     "Bank": "lorchestra.bank",
+    "Gate": "lorchestra.gate",
     "LoraConfig": "lorchestra.train.peft_model",
     "LowRank": "lorchestra.adapter.lowrank",
     "Recipe": "lorchestra.recipe.recipe",

@@ -11,6 +11,10 @@ import pytest
 # What stands in the table of each.
 ROWS = {
     "fusion": ("| PEFT linear | rsLoRA |", "| lorchestra, applied by PEFT | LoRA |", "lorchestra from the optimum"),
+    "gate": (
+        "| gate |", "| router, nearest prototype |", "| naive Bayes on words |", "| static |", "| oracle |",
+        "| 1.000 |", "The gate is ", "| 512 |", "| 10 |",
+    ),
     "linear": ("| q, k, v | 57 |", "| o | 256 |"),
     "merge": ("| lorchestra |", "| PEFT |", "| yes, all 21 |"),
     "search": ("| PEFT `cat`, scored plainly |", "| gradient |", "| grid |"),

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from lorchestra.errors import RecipeError
+from lorchestra.recipe.gate import Gate, candidates, suggest_activation
 from lorchestra.recipe.recipe import Recipe
 
 GOOD = """\
@@ -113,6 +114,19 @@ MISTAKES = {
     "strategy unknown": ("candidates: 8", "strategy: gradients", "r.yaml:21: fusion.strategy: expected one of gradient, surrogate, tpe, cmaes, sobol, grid, heuristics, got 'gradients'; did you mean 'gradient'?"),
     "grid with a number": ("candidates: 8", "candidates: 8, strategy: grid", "r.yaml:21: fusion.candidates: a grid has its own number of points; leave it out, or take another strategy"),
     "cmaes of one": ("candidates: 8", "members: [general], strategy: cmaes", "r.yaml:21: fusion.strategy: cmaes needs two members at least; with one take gradient or surrogate"),
+    "key of a gate": ("candidates: 8", "gate: {activaton: softmax}", "r.yaml:21: fusion.gate.activaton: unknown key 'activaton'; did you mean 'activation'?"),
+    "key of a gate outside it": ("candidates: 8", "top_k: 2", "r.yaml:21: fusion.top_k: unknown key 'top_k' here; it belongs under fusion.gate"),
+    "gate in words": ("candidates: 8", "gate: a small one", "r.yaml:21: fusion.gate: write true, or a mapping, as in gate: {activation: sigmoid, top_k: 2}"),
+    "gate's activation": ("candidates: 8", "gate: {activation: softmx}", "r.yaml:21: fusion.gate.activation: expected one of auto, softmax, sigmoid, linear or a list, got 'softmx'; did you mean 'softmax'?"),
+    "gate's activations": ("candidates: 8", "gate: {activation: [sofmax]}", "r.yaml:21: fusion.gate.activation.0: expected one of softmax, sigmoid, linear, got 'sofmax'; did you mean 'softmax'?"),
+    "gate's layers": ("candidates: 8", "gate: {layers: [0, -1]}", "r.yaml:21: fusion.gate.layers.1: expected at least 0, got -1"),
+    "gate's top k": ("candidates: 8", "gate: {top_k: 4}", "r.yaml:21: fusion.gate.top_k: is 4, and the fusion has 3 members (general, clinic, preference)"),
+    "gate, refit": ("candidates: 8", "gate: true, refit: true", "r.yaml:21: fusion.gate: a gate belongs to the adapters that it was fitted to, and refit trains them again; leave one of them out"),
+    "gate of one": ("candidates: 8", "gate: true, weights: equal, members: [general]", "r.yaml:21: fusion.gate: a softmax over one adapter (general) is always 1; add members, or set none: true or activation: sigmoid"),
+    "gate's none": ("candidates: 8", "gate: {none: true, activation: [softmax, linear]}", "r.yaml:21: fusion.gate.none: is a share of a softmax; linear has coefficients near 0 anyway. Leave one of them out"),
+    "gate's temperature": ("candidates: 8", "gate: {temperature: 2, activation: linear}", "r.yaml:21: fusion.gate.temperature: belongs to softmax and sigmoid; linear coefficients are the network's own"),
+    "too many gates": ("candidates: 8", "gate: {activation: [softmax, sigmoid], layers: [0, 1, 2, 3, 4, 5, 6]}", "r.yaml:21: fusion.gate: activation × layers are 14 gates to fit; list at most 12"),
+    "stage called gate": ("name: preference", "name: gate", "r.yaml:15: stages.2.name: 'gate' is a reserved word; choose another name"),
     "weight of none": ("candidates: 8", "weights: {clinik: 2}", "r.yaml:21: fusion.weights.clinik: 'clinik' is no member of the fusion; did you mean 'clinic'?"),
     "no weight at all": ("candidates: 8", "weights: {general: 0, clinic: 0.0}", "r.yaml:21: fusion.weights: every member has weight 0, which is the base itself; give one of them at least a weight (general, clinic, preference)"),
     "weights of nobody": ("candidates: 8", "weights: {}", "r.yaml:21: fusion.weights: every member has weight 0, which is the base itself; give one of them at least a weight (general, clinic, preference)"),
@@ -177,6 +191,37 @@ def test_the_goal_of_a_fusion(load):
     assert weighted.fusion.aim() == Goal("weighted", {"general": 2, "clinic": 1})
     for strategy in STRATEGIES:
         assert load(GOOD.replace("candidates: 8", f"strategy: {strategy}")).fusion.strategy == strategy
+
+
+def test_a_gate_has_short_forms_and_is_off_by_default(load):
+    assert load().fusion.gate is None
+    assert load(GOOD.replace("candidates: 8", "gate: false")).fusion.gate is None
+    short = load(GOOD.replace("candidates: 8", "gate: true"))
+    assert short.fusion.gate == load(GOOD.replace("candidates: 8", "gate: {}")).fusion.gate == Gate()
+    assert load(GOOD, "fusion.gate.top_k=2").fusion.gate == Gate(top_k=2)
+    emptied = load(GOOD.replace("candidates: 8", "gate: {examples: null, hidden: null}"))
+    assert emptied.fusion.gate == Gate(examples=None)
+
+
+def test_a_gate_needs_a_part_to_be_chosen_on_and_one_to_win_on(load, tmp_path):
+    gated = GOOD.replace("candidates: 8", "gate: true, weights: equal")
+    split = "train: 0.6, validation: 0.2, test: 0.2"
+    without = refusal(load, tmp_path, gated.replace(split, "train: 0.8, validation: 0.2, test: 0"))
+    assert without.startswith("r.yaml:21: fusion.gate: a gate is delivered only if it beats the static weights")
+    without = refusal(load, tmp_path, gated.replace(split, "train: 0.8, validation: 0, test: 0.2"))
+    assert without.startswith("r.yaml:21: fusion.gate: a gate is chosen on λ-validation, and split.validation is 0")
+
+
+def test_the_gates_of_a_recipe_are_every_combination_of_what_it_lists(load):
+    """Adapters that were trained beside one another are wanted together, which a softmax cannot say."""
+    assert [gate.activation for gate in candidates(load(GOOD.replace("candidates: 8", "gate: true")))] == ["sigmoid"]
+    apart = "name: x\nbase: b\nstages: [{name: a, data: a.jsonl}, {name: b, data: b.jsonl}]\nfusion: {gate: true}\n"
+    assert [gate.activation for gate in candidates(load(apart))] == ["softmax"]
+    both = candidates(load(GOOD.replace("candidates: 8", "gate: {activation: [softmax, linear], layers: [0, 2, 0]}")))
+    told = [(gate.activation, gate.layers, gate.hidden) for gate in both]
+    assert told == [("softmax", 0, 0), ("softmax", 2, 0), ("linear", 0, 0), ("linear", 2, 0)]
+    assert candidates(load()) == []
+    assert suggest_activation(load(GOOD.replace("candidates: 8", "gate: {none: true}")))[0] == "softmax"
 
 
 def test_names_are_used_once_and_reserved_words_never(load, tmp_path):

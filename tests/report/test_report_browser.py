@@ -10,6 +10,7 @@ import zlib
 
 import pytest
 from tests.report.test_diagnosis import make_data as make_diagnosis
+from tests.report.test_gate import make_gate
 from tests.report.test_sweep import make_data as make_sweep
 from tests.report.test_write import SECTIONS, make_data
 
@@ -33,7 +34,7 @@ QUIET = (
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    return write_report(make_data(), tmp_path_factory.mktemp("report"))
+    return write_report({**make_data(), "gate": make_gate()}, tmp_path_factory.mktemp("report"))
 
 
 def chromium(page, profile, *flags):
@@ -45,7 +46,7 @@ def test_nothing_is_refused_and_every_section_is_there(page, tmp_path):
     done = chromium(page, tmp_path / "profile", "--enable-logging=stderr", "--v=0", "--dump-dom")
     told = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert told == [], "the page's console is silent: no refused script, style or request"
-    for section in SECTIONS:
+    for section in (*SECTIONS, "gate"):
         assert f'id="{section}"' in done.stdout
     assert "胸闷三周?" in done.stdout
 

@@ -5,6 +5,7 @@ Axis letters: b rows (sequences), L positions, n in_features, m out_features, K 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +24,22 @@ class Selection:
 
     Args:
         members: K names, in the order of the columns of ``coefficients``.
-        coefficients: ``[1, K]`` (the same for all rows) or ``[b, K]`` float32; may require gradients.
+        coefficients: ``[1, K]`` (the same for all rows) or ``[b, K]``; with ``groups`` ``[1 or b, G, K]``; may require
+            gradients.
         per_row: whether every row has coefficients of its own; a batch of one row may have.
         numbers: the K coefficients as plain numbers, where they are that and the same for all rows; else ``None``.
+        groups: module path → which of G groups it is in; ``None`` where all modules have the same coefficients.
     """
 
     members: tuple[str, ...]
     coefficients: Tensor
     per_row: bool
     numbers: tuple[float, ...] | None = None
+    groups: Mapping[str, int] | None = None
+
+    def at(self, path: str) -> Tensor:
+        """``[1 or b, K]``: the coefficients that hold at a module."""
+        return self.coefficients if self.groups is None else self.coefficients[:, self.groups[path]]
 
 
 class Switch:
@@ -165,6 +173,11 @@ class BankLayer:
         """Nothing is mounted here."""
         return not self.frozen and self.trainable is None
 
+    def holds(self, members: Sequence[str]) -> bool:
+        """One of ``members`` is mounted here."""
+        trains = self.trainable[0] if self.trainable is not None else None
+        return any(name in self.frozen or name == trains for name in members)
+
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """The forward hook: ``args[0]`` is ``[b, L, n]``, or ``[…, n]`` when coefficients are shared; at an embedding
         tokens, without the n.
@@ -184,10 +197,10 @@ class BankLayer:
         if stack is not None:
             # With a member and without it (a preference's reference) the context is added, and rounded, in one way.
             if selection.numbers is not None and not isinstance(module, nn.Embedding):
-                output = _updated(module, output, x, stack.A, stack.B, _spread(selection, stack.column, x))
+                output = _updated(module, output, x, stack.A, stack.B, _spread(selection, self.path, stack.column, x))
             else:
                 z = _projected(module, x, stack.A)
-                output = output + linear(z * _spread(selection, stack.column, z), stack.B)
+                output = output + linear(z * _spread(selection, self.path, stack.column, z), stack.B)
         if self.trainable is not None and training:
             name, member, index = self.trainable
             k = selection.members.index(name)
@@ -199,7 +212,7 @@ class BankLayer:
                 output = _updated(module if first else None, output, seen, A, B, c)
             else:
                 column = torch.tensor([k], device=x.device)
-                z = linear(seen, A.to(x.dtype)) * (_spread(selection, column, x) * member.scale)
+                z = linear(seen, A.to(x.dtype)) * (_spread(selection, self.path, column, x) * member.scale)
                 output = output + linear(z, B.to(x.dtype))
         return output
 
@@ -273,9 +286,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def _spread(selection: Selection, column: Tensor, x: Tensor) -> Tensor:
+def _spread(selection: Selection, path: str, column: Tensor, x: Tensor) -> Tensor:
     """Coefficients in the shape that multiplies ``x Aᵀ``: ``[R]``, or ``[b, 1, …, R]`` per row; in x's dtype."""
-    wide = selection.coefficients[:, column].to(x.dtype)
+    wide = selection.at(path)[:, column].to(x.dtype)
     if not selection.per_row:
         return wide[0]
     return wide.reshape(wide.shape[0], *([1] * (x.ndim - 2)), wide.shape[1])

@@ -178,6 +178,42 @@ class Bank:
         """
         yield from self._using(rows, per_row=True)
 
+    @contextmanager
+    def using_tensor(
+        self, members: Sequence[str], coefficients: Tensor, groups: Mapping[str, int] | None = None
+    ) -> Iterator[None]:
+        """Inside, row b of the batch has the coefficients of row b of a tensor, which may require gradients.
+
+        Args:
+            members: K names; those that are 0 in all rows are multiplied all the same.
+            coefficients: ``[b, K]``, or ``[1, K]`` for a batch of one row; floating point, used in the modules' dtype.
+                With ``groups`` ``[b, G, K]``.
+            groups: module path → group, for every module that ``members`` change.
+
+        Raises:
+            AdapterError: a name is not mounted or given twice, the shape is another one, a module has no group, or
+                later the batch has another number of rows.
+        """
+        self._known(members)
+        if len(set(members)) != len(members):
+            raise AdapterError(f"coefficients name a member twice: {', '.join(members)}; name each once")
+        axes, wanted = (2, "[b, K]") if groups is None else (3, "[b, G, K]")
+        if coefficients.ndim != axes or coefficients.shape[-1] != len(members) or not coefficients.is_floating_point():
+            raise AdapterError(
+                f"coefficients are {tuple(coefficients.shape)} {coefficients.dtype}; expected {wanted} in floating "
+                f"point, K = {len(members)} for {', '.join(members) or 'no member'}"
+            )
+        if groups is not None:
+            for path, layer in self._layers.items():
+                if layer.holds(members) and not 0 <= groups.get(path, -1) < coefficients.shape[1]:
+                    raise AdapterError(
+                        f"module {path!r} is in no group of layers (there are {coefficients.shape[1]}); the groups "
+                        "were made for other adapters"
+                    )
+        device = next(self.model.parameters()).device
+        selection = Selection(tuple(members), coefficients.to(device), per_row=True, groups=groups) if members else None
+        yield from self._selected(selection)
+
     def _using(self, rows: Sequence[Coefficients], per_row: bool) -> Iterator[None]:
         self._known([name for row in rows for name in row])
         acting = {name for row in rows for name, c in row.items() if isinstance(c, Tensor) or c != 0.0}
@@ -190,6 +226,9 @@ class Bank:
             selection = Selection(
                 members, _matrix(rows, members, device), per_row, numbers if len(numbers) == len(members) else None
             )
+        yield from self._selected(selection)
+
+    def _selected(self, selection: Selection | None) -> Iterator[None]:
         before, self._switch.selection = self._switch.selection, selection
         try:
             yield
@@ -236,6 +275,21 @@ class Bank:
             self._layers[path] = layer
             self._handles[path] = module.register_forward_hook(layer)
         return self._layers[path]
+
+
+@contextmanager
+def adapter_free(model: nn.Module) -> Iterator[None]:
+    """Inside, no adapter that a bank has mounted on ``model`` acts, whatever its selection is."""
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    switches = {id(hook.switch): hook.switch for hook in hooks if isinstance(hook, BankLayer)}.values()
+    before = [switch.selection for switch in switches]
+    for switch in switches:
+        switch.selection = None
+    try:
+        yield
+    finally:
+        for switch, selection in zip(switches, before, strict=True):
+            switch.selection = selection
 
 
 def _matrix(rows: Sequence[Coefficients], members: tuple[str, ...], device: torch.device) -> Tensor:

@@ -30,7 +30,7 @@ def reading(path: Path) -> Iterator[None]:
             f"cannot read {error.filename or path}: {error.strerror or error}. Check its permissions; if they are "
             "right, the disk may be failing, and a copy from elsewhere is needed"
         ) from error
-    except ValueError as error:  # of JSON, of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8; of JSON that is nested without end
         raise SourceError(f"{path} is damaged: {error}; fetch or copy it again") from error
 
 

@@ -14,6 +14,7 @@ from lorchestra.cli import (
     export,
     finetune,
     fuse,
+    gate,
     init,
     inspect,
     merge,
@@ -75,6 +76,7 @@ app.command("inspect", cls=Verb, rich_help_panel=ADAPTERS)(inspect.inspect)
 app.command("diagnose", cls=Verb, rich_help_panel=ADAPTERS)(diagnose.diagnose)
 app.command("export", cls=Verb, rich_help_panel=ADAPTERS)(export.export)
 app.command("search", cls=Verb, rich_help_panel=ADAPTERS)(search.search)
+app.add_typer(gate.app, name="gate", rich_help_panel=ADAPTERS)
 app.command("chat", cls=Verb, rich_help_panel=ADAPTERS)(chat.chat)
 app.command("eval", cls=Verb, rich_help_panel=ADAPTERS)(evaluate.evaluate)
 app.command("serve", cls=serve.ServeVerb, rich_help_panel=ADAPTERS)(serve.serve)

@@ -40,6 +40,11 @@ def adapters(incomplete: str) -> list[str]:
     return _paths(incomplete, lambda path: (path / "adapter_config.json").exists())
 
 
+def gates(incomplete: str) -> list[str]:
+    """Directories that hold a gate."""
+    return _paths(incomplete, lambda path: (path / "gate.json").exists())
+
+
 def listed_adapters(incomplete: str) -> list[str]:
     """The same for the last of several with commas between them."""
     before, comma, last = incomplete.rpartition(",")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorchestra.cli.completion import adapters, among
 from lorchestra.errors import UserError
+
+if TYPE_CHECKING:
+    from lorchestra.data.load import DataSpec
 
 PLAIN_DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPES = (*PLAIN_DTYPES, "nf4")
@@ -146,6 +150,19 @@ def named_adapters(texts: Sequence[str]) -> dict[str, str]:
     return out
 
 
+def one_of(flag: str, value: str, known: Sequence[str]) -> str:
+    """``value``, if it is among ``known``.
+
+    Raises:
+        UserError: it is not; the message names the nearest.
+    """
+    if value not in known:
+        near = difflib.get_close_matches(value, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{flag} {value!r} is unknown; there are {', '.join(known)}{hint}")
+    return value
+
+
 def refuse_overwriting(out: Path, members: list[Weighted]) -> None:
     """A result must not take the place of what it is made from.
 
@@ -184,3 +201,28 @@ def fields_of(texts: list[str] | None) -> dict[str, str]:
             )
         fields[part.strip()] = column.strip()
     return fields
+
+
+def domains(
+    texts: list[str], format: str, field: list[str] | None, system: str | None
+) -> dict[str, tuple[DataSpec, ...]]:
+    """Domain → what it is read from, of ``NAME=FILE`` or ``FILE`` (then the file's name without its ending).
+
+    Raises:
+        UserError: half of ``NAME=FILE``, or two domains of one name.
+    """
+    from lorchestra.data.load import DataSpec
+
+    out: dict[str, tuple[DataSpec, ...]] = {}
+    for text in texts:
+        name, sign, source = text.partition("=")
+        whole = not sign or Path(text).exists() or text.startswith(("hf:", "pip:"))
+        if not whole and not (name.strip() and source.strip()):
+            raise UserError(f"--data {text!r}: write NAME=FILE, or the file alone")
+        source, name = (text, Path(text).stem) if whole else (source.strip(), name.strip())
+        if name in out:
+            raise UserError(f"two --data are called {name!r}; give them names of their own, as in first={source}")
+        out[name] = tuple(
+            DataSpec(part, format=format, fields=fields_of(field), system=system) for part in listed([source])
+        )
+    return out

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lorchestra.data.check import Check, StageCheck
     from lorchestra.pipeline.costs import Outlook
     from lorchestra.pipeline.execute import RunResult
-    from lorchestra.pipeline.plan import Plan, PlannedStep
+    from lorchestra.pipeline.planned import Plan, PlannedStep
     from lorchestra.recipe.suggestions import Suggestion
 
 MOST = 600  # characters shown of a stretch of an example
@@ -55,6 +55,11 @@ def show_result(result: RunResult) -> None:
     if "selection" in (data.get("search") or {}):
         out.print()
         show_choice(out, data["search"])
+    if result.gate_verdict:
+        out.print()
+        out.print(Text(result.gate_verdict, style="bold"))
+        for note in (data.get("gate") or {}).get("notes", []):
+            _indented(out, note, "dim")
     evaluation = data.get("evaluation")
     if evaluation:
         out.print()
@@ -62,7 +67,13 @@ def show_result(result: RunResult) -> None:
     out.print()
     places = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     stages = result.directory / "adapters"
-    places_of = (("adapter", result.adapter), ("model", result.merged), ("stages", stages), ("report", result.report))
+    places_of = (
+        ("adapter", result.adapter),
+        ("model", result.merged),
+        ("gate", result.gate),
+        ("stages", stages),
+        ("report", result.report),
+    )
     for name, path in places_of:
         if path is not None:
             places.add_row(name, escape(_short(path)))

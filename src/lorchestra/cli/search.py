@@ -18,16 +18,15 @@ from lorchestra.cli.options import (
     Format,
     Json,
     Weighted,
-    fields_of,
-    listed,
+    domains,
     named_adapters,
     number,
+    one_of,
     refuse_overwriting,
 )
 from lorchestra.errors import UserError
 
 if TYPE_CHECKING:
-    from lorchestra.data.load import DataSpec
     from lorchestra.evaluate.goal import Goal
     from lorchestra.evaluate.selection import Selection
     from lorchestra.pipeline.search_alone import Verified
@@ -133,7 +132,7 @@ def search(
     sources = named_adapters(adapter)
     refuse_overwriting(output_dir, [Weighted(source, 1.0) for source in sources.values()])
     _check(strategy, rule, task, low, high, beta)
-    specs = _domains(data, format, field, system)
+    specs = domains(data, format, field, system)
     from dataclasses import replace
 
     from lorchestra.cli.progress import make_reporter
@@ -150,7 +149,7 @@ def search(
     from lorchestra.adapter.belonging import base_remarks, check_base
     from lorchestra.base.fingerprint import fingerprint
     from lorchestra.base.home import home
-    from lorchestra.base.load import prepare_base, source_name
+    from lorchestra.base.load import load_tokenizer, prepare_base, source_name
     from lorchestra.base.locate import locate
     from lorchestra.data.render import Renderer
     from lorchestra.fusion.search.driver import budget_of
@@ -170,7 +169,7 @@ def search(
     for line in base_remarks(members, identity):
         reporter.say(line)
     lazy = LazyBase(directory, identity.name, device, dtype, reporter)
-    tokenizer = _tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     found_data = search_data(
         specs, Renderer(tokenizer, max_length), test_share=test_share, seed=seed, task=task, limit=limit,
         relative_to=Path.cwd(), reporter=reporter,
@@ -200,42 +199,13 @@ def search(
 
 
 def _check(strategy: str, rule: str, task: str, low: float, high: float, beta: float) -> None:
-    import difflib
-
-    for flag, value, known in (
-        ("--strategy", strategy, STRATEGIES),
-        ("--rule", rule, RULES),
-        ("--task", task, ("auto", "sft", "dpo")),
-    ):
-        if value not in known:
-            near = difflib.get_close_matches(value, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"{flag} {value!r} is unknown; there are {', '.join(known)}{hint}")
+    one_of("--strategy", strategy, STRATEGIES)
+    one_of("--rule", rule, RULES)
+    one_of("--task", task, ("auto", "sft", "dpo"))
     if not low < high:
         raise UserError(f"--low {low:g} is not below --high {high:g}")
     if not beta > 0:
         raise UserError(f"--beta {beta:g} is not above 0")
-
-
-def _domains(
-    texts: list[str], format: str, field: list[str] | None, system: str | None
-) -> dict[str, tuple[DataSpec, ...]]:
-    """Domain → what it is read from, of ``NAME=FILE`` or ``FILE`` (then the file's name without its ending)."""
-    from lorchestra.data.load import DataSpec
-
-    out: dict[str, tuple[DataSpec, ...]] = {}
-    for text in texts:
-        name, sign, source = text.partition("=")
-        whole = not sign or Path(text).exists() or text.startswith(("hf:", "pip:"))
-        if not whole and not (name.strip() and source.strip()):
-            raise UserError(f"--data {text!r}: write NAME=FILE, or the file alone")
-        source, name = (text, Path(text).stem) if whole else (source.strip(), name.strip())
-        if name in out:
-            raise UserError(f"two --data are called {name!r}; give them names of their own, as in first={source}")
-        out[name] = tuple(
-            DataSpec(part, format=format, fields=fields_of(field), system=system) for part in listed([source])
-        )
-    return out
 
 
 def _goal(text: str, tolerance: float | None, domains: list[str]) -> Goal:
@@ -257,12 +227,6 @@ def _goal(text: str, tolerance: float | None, domains: list[str]) -> Goal:
         return Goal("weighted", weights, tolerance)
     except ValueError as error:
         raise UserError(f"--goal {text!r}: {error}") from error
-
-
-def _tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
 def _told(

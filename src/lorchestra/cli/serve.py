@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.main import get_group
 
-from lorchestra.cli import serve_console, serve_keys, serve_registry, serve_vllm
+from lorchestra.cli import serve_console, serve_engine, serve_gates, serve_keys, serve_registry, serve_vllm
 from lorchestra.cli.completion import adapters as adapter_directories
 from lorchestra.cli.completion import among, models
 from lorchestra.cli.options import PLAIN_DTYPES, Device
@@ -19,9 +19,8 @@ from lorchestra.cli.verbs import Verb
 from lorchestra.errors import Interrupted, LorchestraError, UserError, counted
 
 if TYPE_CHECKING:
-    from lorchestra.events import Reporter
     from lorchestra.serve.config import ServeConfig
-    from lorchestra.serve.engine import Engine, Observer
+    from lorchestra.serve.engine import Engine
 
 TENANTS, NETWORK, ENGINE, LOGS = "Tenants", "Network", "Engine", "Logs"
 
@@ -62,6 +61,14 @@ def serve(
     alias: Annotated[
         list[str] | None,
         typer.Option("--alias", metavar="NAME=MODEL", help="Another name of an adapter, mixture or the base. Repeat."),
+    ] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option("--gate", metavar="NAME=DIR", help="A gate, which chooses adapters for each prompt. Repeat."),
+    ] = None,
+    auto: Annotated[
+        bool | None,
+        typer.Option("--auto/--no-auto", help="A model 'auto': whichever adapter a prompt is for.", show_default="no"),
     ] = None,
     registry: serve_registry.Url = None,
     registry_cache: serve_registry.Cache = None,
@@ -212,7 +219,7 @@ def serve(
 ) -> None:
     """Serve a base and its adapters by OpenAI's API: each request names an adapter, none waits for another's.
 
-    `model` is the base, an adapter, an alias, or a mixture: `general=0.3+clinic=0.5`.
+    `model` is the base, an adapter, an alias, a mixture (`general=0.3+clinic=0.5`), a gate, or `auto`.
 
     **Examples**
 
@@ -220,7 +227,9 @@ def serve(
 
     `lorchestra serve my-base --adapters departments/ --host 0.0.0.0 --keys keys.yaml`
 
-    `lorchestra serve my-base --registry /srv/adapters`
+    `lorchestra serve my-base --registry /srv/adapters --auto`
+
+    `lorchestra serve my-base --adapters departments/ --gate triage=gates/triage`
 
     `lorchestra serve keys add acme --adapters clinic,audit --rpm 60 --concurrency 4`
     """
@@ -230,6 +239,7 @@ def serve(
     flags = {
         "base": base, "adapters": _pairs(adapter, "--adapter NAME=DIR"), "adapters_dirs": adapters or [],
         "aliases": _pairs(alias, "--alias NAME=MODEL"), "name": name, "keys": keys,
+        "gates": _pairs(gate, "--gate NAME=DIR"), "auto": auto,
         "registry": registry, "registry_cache": registry_cache, "registry_cache_size": registry_cache_size,
         "registry_grace": registry_grace,
         "insecure_no_keys": insecure_no_keys, "enable_load": enable_load, "lora_roots": lora_root or [],
@@ -296,6 +306,9 @@ def _run(config: ServeConfig) -> None:
             if name in places:
                 raise UserError(f"two adapters are called {name!r} ({places[name]} and {path}); rename one of them")
             places[name] = path
+    reporter = make_reporter()
+    gates = serve_gates.gates(config, reporter)
+    serve_gates.add_members(config, gates, places)
     roots = [Path(root) for root in config.lora_roots]
     for root in roots:
         if not root.is_dir():
@@ -304,22 +317,25 @@ def _run(config: ServeConfig) -> None:
     adapters = [served(name, path) for name, path in places.items()]
     called = config.name or base_name(config.base)
     log = serve_console.counted(config, log, called)
-    reporter = make_reporter()
     versions = serve_registry.versions(config, reporter)
-    router = Router(called, adapters, config.aliases, most_members=config.max_mixture, roots=roots, versions=versions)
+    router = Router(
+        called, adapters, config.aliases, most_members=config.max_mixture, roots=roots, versions=versions, gates=gates
+    )
     listener = listen(config.host, config.port)
 
     running: list[Engine] = []
     metrics = Metrics(called, config.metrics_adapters, lambda: running[0].resident() if running else ())
-    engine, router.max_length = _engine(config, metrics, reporter)
+    engine, router.max_length = serve_engine.engine(config, metrics, reporter)
     running.append(engine)
     followed = serve_registry.followed(router, engine, metrics, prompts=config.log_prompts)
+    choosing = serve_gates.choosing(config, router, engine, gates)
 
     async def main() -> Any:
         follower, outcomes = (followed.follower, followed.outcomes) if followed else (None, None)
         gateway = TenantGateway(
-            engine, router, keys, metrics, log, may_load=config.enable_load, follower=follower, outcomes=outcomes
-        )
+            engine, router, keys, metrics, log, may_load=config.enable_load, choosing=choosing, follower=follower,
+            outcomes=outcomes,
+        )  # fmt: skip
         settings = HttpSettings(
             config.enable_load,
             tuple(config.cors_origins),
@@ -356,40 +372,3 @@ def _run(config: ServeConfig) -> None:
         raise LorchestraError(f"stopped before {counted(outcome.cut, 'request')} had an answer")
     if outcome.signal is not None and outcome.signal.name == "SIGINT":
         raise Interrupted("stopped; what ran was answered")
-
-
-def _engine(config: ServeConfig, observer: Observer, reporter: Reporter) -> tuple[Engine, int | None]:
-    """The engine that was asked for, not yet started, and the length of its sequences."""
-    from lorchestra.cli.models import base_directory
-    from lorchestra.serve.vllm_process import default_engine
-
-    assert config.base is not None  # checked
-    directory = base_directory(config.base, reporter)
-    if (default_engine() if config.engine == "auto" else config.engine) == "vllm":
-        return serve_vllm.engine(config, directory, observer, reporter), config.max_length
-    return _embedded(config, directory, observer, reporter)
-
-
-def _embedded(
-    config: ServeConfig, directory: Path, observer: Observer, reporter: Reporter
-) -> tuple[Engine, int | None]:
-    from lorchestra.serve.config import size_of
-    from lorchestra.serve.embedded.answers import TextEngine
-    from lorchestra.serve.embedded.core import MOST, Limits, Setup
-    from lorchestra.serve.embedded.engine import ContinuousEngine, Room
-
-    if config.engine_process:
-        from lorchestra.serve.embedded.process import loaded
-    else:
-        from lorchestra.serve.embedded.local import loaded
-    limits = Limits(
-        max_batch=config.max_batch or MOST,
-        max_length=config.max_length,
-        adapter_memory=size_of(config.memory) if config.memory else None,
-        cache_memory=size_of(config.cache) if config.cache else None,
-        kernel=config.kernel,
-    )
-    setup = Setup(directory, config.base or "", config.device, config.dtype, limits)
-    core, tokenizer = loaded(setup, reporter)
-    tokens = ContinuousEngine(core, Room(config.queue_per_tenant, config.queue), observer)
-    return TextEngine(tokens, tokenizer, core.end_ids, core.rows), core.max_length

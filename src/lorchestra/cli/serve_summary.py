@@ -33,6 +33,8 @@ def summary(config: ServeConfig, router: Router, keys: KeysFile | None, port: in
         table.add_row("registry", serve_registry.shown(router.versions))
     if config.aliases:
         table.add_row("aliases", ", ".join(f"{alias} → {meaning}" for alias, meaning in config.aliases.items()))
+    if config.gates or config.auto:
+        table.add_row("gates", ", ".join([*config.gates, *(["auto"] if config.auto else [])]))
     table.add_row(
         "keys", f"{counted(len(known), 'key')} in {config.keys}" if keys else "none: everybody may do everything"
     )

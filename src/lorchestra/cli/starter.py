@@ -174,6 +174,7 @@ fusion:                               # the stages' adapters become one
   weights: search                     # on held-out data; or equal, later, specialised, last, or given: {{general: 0.4}}
   candidates: 12                      # passes over λ-validation
   validation_limit: 50                # on so many held-out examples a stage
+  # gate: true                        # also fit weights for each prompt; kept only if they beat the ones above
 
 evaluate:                             # the verdict, on examples that nothing else has seen
   test_limit: 100                     # a stage

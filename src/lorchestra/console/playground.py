@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from lorchestra.console.guard import Asked, Route, failed
-from lorchestra.serve.responses import answered_by
+from lorchestra.serve.responses import answered_by, chosen
 from lorchestra.serve.sse import EventStream, close, event, while_connected
 from lorchestra.serve.wire import ChatRequest, CompletionRequest, parse
 
@@ -22,7 +22,7 @@ class Question(BaseModel):
     """A prompt and how it is to be answered.
 
     Args:
-        model: an adapter, a version, or a mixture.
+        model: an adapter, a version, a mixture, a gate or ``auto``.
         kind: ``chat`` by the chat template, ``completion`` without.
         prompt: a text.
         system: put before it, in a chat.
@@ -96,7 +96,8 @@ async def _events(first: Chunk | None, parts: AsyncIterator[Chunk], request_id: 
     try:
         while chunk is not None:
             text = "".join(_text(choice) for choice in chunk.choices)
-            yield event({"text": text, "prompt_tokens": chunk.usage.prompt, "tokens": chunk.usage.generated})
+            said = {"text": text, "prompt_tokens": chunk.usage.prompt, "tokens": chunk.usage.generated}
+            yield event(said | chosen(chunk.by))
             chunk = await anext(parts, None)
         yield event({"end": True})
     except Exception as error:  # the status is long sent

@@ -37,6 +37,11 @@ class Example:
         return self.messages[:-1]
 
     @property
+    def asked(self) -> str:
+        """The prompt's turns as text, without those of the system."""
+        return "\n".join(turn.content for turn in self.prompt if turn.role != "system")
+
+    @property
     def gold(self) -> str:
         """The gold answer."""
         return self.messages[-1].content

@@ -1,10 +1,11 @@
-"""Several mixtures of one bank scored on the same items, together in the same forward passes."""
+"""Many mixtures of one bank in the same forward passes: several on the same items, or one for each item."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from lorchestra.bank import Bank
 from lorchestra.evaluate.score import TOKENS_PER_BATCH, Domain, Scores
@@ -47,3 +48,43 @@ def score_mixtures(
             sums[c][i] = tuple(values[j] for j in mine)
             tokens[i] = tuple(counts[j] for j in mine)
     return [Scores(domain.kind, tuple(found), tuple(tokens), domain.gold, domain.groups) for found in sums]
+
+
+@torch.no_grad()
+def score_each(
+    bank: Bank,
+    domain: Domain,
+    members: Sequence[str],
+    coefficients: Tensor,
+    pad_id: int,
+    groups: Mapping[str, int] | None = None,
+    on_batch: Callable[[int], None] = lambda items: None,
+) -> Scores:
+    """Score ``domain``, each item under coefficients of its own: what a gate answers with.
+
+    Args:
+        bank: with ``members`` mounted.
+        domain: held-out items.
+        members: K names.
+        coefficients: ``[n, K]``, or ``[n, G, K]`` of G groups of modules.
+        pad_id: token id for padding.
+        groups: module path → its group, of coefficients by group.
+        on_batch: hears how many items are done.
+    """
+    model = bank.model
+    device = next(model.parameters()).device
+    tree = tree_is_exact(model)
+    sums: list[tuple[float, ...]] = [()] * len(domain.items)
+    tokens: list[tuple[int, ...]] = [()] * len(domain.items)
+    for indices in batches(domain.items, TOKENS_PER_BATCH, tree):
+        batch = pack([domain.items[i] for i in indices], pad_id, device, tree)
+        rows = coefficients[[indices[k] for k in batch.row_item.tolist()]]
+        with bank.using_tensor(members, rows, groups):
+            found = branch_logprobs(model, batch)
+        of_item, values, counts = found.item.tolist(), found.sums.tolist(), found.tokens.tolist()
+        for k, i in enumerate(indices):
+            mine = [j for j, item in enumerate(of_item) if item == k]
+            sums[i] = tuple(values[j] for j in mine)
+            tokens[i] = tuple(counts[j] for j in mine)
+        on_batch(len(indices))
+    return Scores(domain.kind, tuple(sums), tuple(tokens), domain.gold, domain.groups)

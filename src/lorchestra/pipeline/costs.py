@@ -170,6 +170,31 @@ class Costs:
         larger = max(self.shape.plain, self._delivered, key=lambda shape: shape.bytes)
         return Cost(seconds, scoring_memory(larger, self._numbers(self.recipe.members), supervised))
 
+    def gate(self) -> Cost:
+        """Of one gate: every member scored on its examples, trained through them, scored on λ-validation."""
+        gate = self.recipe.fusion.gate
+        assert gate is not None
+        items = [
+            item
+            for stage in self.recipe.stages
+            for item in self.prepared.data[stage.name].rendered["train"][: gate.examples]
+        ]
+        members, shape = self._numbers(self.recipe.members), self.shape.plain
+        tokens, supervised = sum(map(length, items)), sum(item.supervised for item in items)
+        mean = tokens / max(len(items), 1)
+        scoring = shape.forward(tokens, supervised, mean) / (SCORING * self.machine.flops)
+        training = shape.training(tokens, supervised, mean, members, False) / (TRAINING * self.machine.flops)
+        held, widest = self._scoring("validation", self.recipe.fusion.validation_limit)
+        seconds = (len(self.recipe.members) + 1) * scoring + gate.epochs * (training + held) + 2 * held
+        return Cost(seconds, training_memory(shape, 0, members, POSITIONS, widest, False))
+
+    def judge(self) -> Cost:
+        """Of a gate and an oracle on the sealed test, and of what the oracle is chosen from on λ-validation."""
+        test, supervised = self._scoring("test", self.recipe.evaluate.test_limit)
+        held, _ = self._scoring("validation", self.recipe.fusion.validation_limit)
+        seconds = 2 * test + (len(self.recipe.members) + 2) * held
+        return Cost(seconds, scoring_memory(self.shape.plain, self._numbers(self.recipe.members), supervised))
+
     @property
     def _delivered(self) -> Shape:
         """Of the model that the verdict is about: merged, or the base."""

@@ -19,6 +19,7 @@ from lorchestra.fusion.stream import MergeReport, merge
 from lorchestra.pipeline.cache import SCRATCH, Step, StepCache, place, step_digest
 from lorchestra.pipeline.choosing import Chosen
 from lorchestra.pipeline.prepare import Prepared
+from lorchestra.pipeline.prototyping import combine_prototypes
 
 FUSE_VERSION = 1
 MERGE_VERSION = 3  # the base's own rounding is told apart
@@ -43,9 +44,17 @@ def merge_digest(prepared: Prepared, fused: Adapter) -> str:
 
 
 def fuse_step(
-    prepared: Prepared, members: Mapping[str, Adapter], chosen: Chosen, cache: StepCache, reporter: Reporter
+    prepared: Prepared,
+    members: Mapping[str, Adapter],
+    chosen: Chosen,
+    cache: StepCache,
+    reporter: Reporter,
+    stages: Mapping[str, Path] | None = None,
 ) -> tuple[Adapter, Step]:
-    """The fused adapter: the exact sum, recompressed if the recipe gives a rank."""
+    """The fused adapter: the exact sum, recompressed if the recipe gives a rank.
+
+    ``stages``: name → directory of the adapter, of members that were trained here: their prototypes become its own.
+    """
     recipe = prepared.recipe
     digest = fuse_digest(prepared, members, chosen.weights)
 
@@ -56,6 +65,7 @@ def fuse_step(
             fused, retained = compress(fused, rank=recipe.fusion.rank)
         whole = replace(fused, base=prepared.base)
         whole.save(work / "adapter")
+        combine_prototypes(whole, stages or {}, work / "adapter")
         return {
             "digest": whole.digest,
             "rank": max(update.rank for update in whole.modules.values()),

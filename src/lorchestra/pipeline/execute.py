@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,8 @@ from lorchestra.pipeline.cache import Step, StepCache, discard, run_lock, storag
 from lorchestra.pipeline.choosing import Chosen, choose
 from lorchestra.pipeline.delivering import fuse_step, merge_step, place_with_lineage
 from lorchestra.pipeline.figures import delivered_lineage
+from lorchestra.pipeline.gate_verdict import GateJudged, gate_verdict_step, place_gate
+from lorchestra.pipeline.gating import fit_gate
 from lorchestra.pipeline.journal import Journal
 from lorchestra.pipeline.judging import Judged, evaluate_step
 from lorchestra.pipeline.lazy import LazyBase
@@ -58,6 +60,8 @@ class RunResult:
         suggestions: stage → what its examples settled, and the advice on how to judge with so many.
         published: what it is in a registry, if the recipe publishes.
         scores: of the verdict: model → domain → scores of every item; ``None`` without a sealed test.
+        gate: the gate with its adapters (``final/gate``), if the recipe asks for one and it beat the static weights.
+        gate_verdict: one sentence; empty without a gate.
     """
 
     directory: Path
@@ -71,6 +75,8 @@ class RunResult:
     suggestions: Mapping[str, tuple[Suggestion, ...]]
     published: Published | None = None
     scores: Path | None = None
+    gate: Path | None = None
+    gate_verdict: str = ""
 
 
 @as_written
@@ -147,7 +153,8 @@ class _Run:
         for line in chosen.warnings:
             self.reporter.say(f"warning: {line}")
         refitted = self._refit(prepared, chosen, adapters, trained) if self.recipe.fusion.refit else {}
-        fused, fuse = fuse_step(prepared, {**members, **refitted}, chosen, self.cache, self.reporter)
+        stages = {name: found.step.directory / "adapter" for name, found in trained.items() if chosen.weights.get(name)}
+        fused, fuse = fuse_step(prepared, {**members, **refitted}, chosen, self.cache, self.reporter, stages)
         self._note("fuse", "fuse", fuse)
         merge = None
         if self.recipe.deliver.merged:
@@ -163,6 +170,10 @@ class _Run:
         )  # fmt: skip
         if judged is not None:
             self._note("evaluate", "evaluate", judged.step)
+        gated = None
+        if judged is not None and self.recipe.fusion.gate is not None:
+            gated = self._gate(prepared, members, chosen, judged)
+            judged = replace(judged, ledger=list(gated.told["ledger"]))
         for other in sorted((self.directory / "adapters").glob("[!.]*")):  # of a stage that the recipe no longer has
             if other.name not in {name.replace(":", "-") for name in self.trainings}:
                 discard(other)
@@ -173,7 +184,12 @@ class _Run:
             place_with_lineage(merge.directory / "model", final / "model", lineage)
         else:
             discard(final / "model")
-        report = self._report(chosen, fuse, merge, judged)
+        kept = gated is not None and gated.verdict.kept
+        if gated is not None and kept:
+            self._place_gate(gated, members, final / "gate")
+        else:
+            discard(final / "gate")
+        report = self._report(chosen, fuse, merge, judged, gated)
         sentence = judged.verdict.sentence if judged else ""
         published = self._publish(final / "adapter", sentence) if self.recipe.deliver.publish else None
         digests = {**{name: adapter.digest for name, adapter in adapters.items()}, "fused": fused.digest}
@@ -190,7 +206,33 @@ class _Run:
             suggestions=prepared.suggestions,
             published=published,
             scores=judged.step.directory / "scores.json" if judged else None,
+            gate=final / "gate" if kept else None,
+            gate_verdict=gated.verdict.sentence if gated else "",
         )
+
+    def _gate(self, prepared: Prepared, members: Mapping[str, Adapter], chosen: Chosen, judged: Judged) -> GateJudged:
+        """Fit a gate, and judge it beside the static weights, on the base that it is served with."""
+        base = self.base.plain()
+        fitted = fit_gate(prepared, members, chosen.weights, base, self.cache, self.reporter)
+        self._note("gate", "gate", fitted.step)
+        for line in fitted.warnings:
+            self.reporter.say(f"warning: {line}")
+        found = gate_verdict_step(prepared, members, chosen, judged, fitted, base, self.cache, self.reporter)
+        self._note("judge", "judge", found.step)
+        return found
+
+    def _place_gate(self, gated: GateJudged, members: Mapping[str, Adapter], target: Path) -> None:
+        """The gate with every member; what was brought in is written anew, as a PEFT directory."""
+        brought = self.directory / "adapters" / ".brought"
+        places = {}
+        for name, adapter in members.items():
+            if name in self.recipe.adapters:
+                adapter.save(brought / name)
+                places[name] = brought / name
+            else:
+                places[name] = self.directory / "adapters" / name
+        place_gate(gated, places, target)
+        discard(brought)
 
     def _publish(self, adapter: Path, verdict: str) -> Published:
         """Push what was delivered, and its stages if the recipe says so; everything else is on disk by now."""
@@ -259,7 +301,9 @@ class _Run:
         self.reporter.event("step", **self.steps[-1])
         write_json(self.directory / "plan.json", {"recipe": self.recipe.name, "steps": self.steps})
 
-    def _report(self, chosen: Chosen, fuse: Step, merge: Step | None, judged: Judged | None) -> Path:
+    def _report(
+        self, chosen: Chosen, fuse: Step, merge: Step | None, judged: Judged | None, gated: GateJudged | None
+    ) -> Path:
         recipe, prepared = self.recipe, self.prepared
         told: dict[str, Any] = {"verdict": {"sentence": "", "notes": []}, "evaluation": None}
         if judged:
@@ -293,6 +337,7 @@ class _Run:
                 "refit": [told for name, told in self.trainings.items() if name.startswith("refit:")],
             },
             "merge": dict(merge.info) if merge else None,
+            "gate": dict(gated.told) if gated else None,
             "samples": judged.samples if judged else [],
             "data": prepared.check.as_dict(),
         }

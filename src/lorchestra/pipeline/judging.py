@@ -217,7 +217,7 @@ def score_alone(
             Ledger.here().enter(items[name], name, digest, domain.digest)
         count = sum(len(domain.items) for domain in domains.values())
         with reporter.task("sealed test", count, "item") as task, _delivered(base.load(), adapter) as model:
-            _write_scores(work / "scores.json", {DELIVERED: _score_all(model, domains, task)})
+            write_scores(work / "scores.json", {DELIVERED: _score_all(model, domains, task)})
         base.release()
         return {"items": count}
 
@@ -271,7 +271,7 @@ def _evaluate(
         }
         for (domain, example), first, second in zip(asked, before, after, strict=True)
     ]
-    _write_scores(work / "scores.json", scores)
+    write_scores(work / "scores.json", scores)
     write_json(work / "samples.json", samples)
     return {"models": list(scores), "items": items}
 
@@ -298,7 +298,7 @@ def _score_rivals(
             else:
                 with bank.using(dict(weights)):
                     scores[model] = _score_all(base, domains, task)
-            _write_scores(kept, scores)
+            write_scores(kept, scores)
             by_key[key] = scores[model]
     finally:
         bank.unmount()
@@ -338,7 +338,8 @@ def _answers(prepared: Prepared, base: Base, asked: list[tuple[str, Example]], r
         return answers(base.model, prepared.tokenizer, prompts, sampling, stop=prepared.renderer.end_of_turn)
 
 
-def _write_scores(path: Path, scores: Mapping[str, Mapping[str, Scores]]) -> None:
+def write_scores(path: Path, scores: Mapping[str, Mapping[str, Scores]]) -> None:
+    """Keep scores for :func:`read_scores`."""
     write_json(path, {model: {name: asdict(found) for name, found in by.items()} for model, by in scores.items()})
 
 

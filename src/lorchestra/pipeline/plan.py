@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -26,92 +26,20 @@ from lorchestra.pipeline.choosing import Chosen, concluded, search_inputs, settl
 from lorchestra.pipeline.costs import Cost, Costs, Outlook, outlook_of
 from lorchestra.pipeline.delivering import fuse_digest, merge_digest
 from lorchestra.pipeline.estimate import Machine, Shape, empty_model, measure, shape_of
+from lorchestra.pipeline.gate_verdict import gate_verdict_inputs
+from lorchestra.pipeline.gating import GateInputs, chosen_gate, gate_inputs, gate_names
 from lorchestra.pipeline.judging import evaluate_inputs
+from lorchestra.pipeline.planned import Plan, PlannedStep
 from lorchestra.pipeline.prepare import Prepared, prepare, split_spec
 from lorchestra.pipeline.publishing import check_publish, destination
 from lorchestra.pipeline.refitting import acting, refit_inputs
 from lorchestra.pipeline.training import Trained, context_of, load_trained, mixed_inputs, stage_digest, stage_inputs
+from lorchestra.recipe.gate import candidates, reason
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.recipe.sections import Stage
 from lorchestra.recipe.sources import expand, is_here
-from lorchestra.recipe.suggestions import Suggestion
 from lorchestra.recipe.unexpanded import as_written, mask_of
 from lorchestra.train.stage import StageInputs
-
-State = Literal["here", "to fetch", "each run", "cached", "begun", "to do"]
-
-
-@dataclass(frozen=True)
-class PlannedStep:
-    """One node of the plan.
-
-    Args:
-        name: of the step; of a stage's data, ``data:<stage>``.
-        kind: ``source``, ``data``, ``stage``, ``search``, ``fuse``, ``merge``, ``evaluate`` or ``publish``.
-        needs: names of the steps it waits for.
-        state: ``here`` or ``to fetch`` (a source), ``each run`` (data, publishing), ``cached``, ``begun`` (goes on from
-            a checkpoint) or ``to do``.
-        note: what is to be fetched, how far a begun step is, or what is published where.
-        digest: of the step; empty where it depends on an unfinished one.
-        outlook: of a stage.
-        seconds: still to spend, estimated; of a cached stage 0; ``None`` if it cannot be said.
-        memory: bytes at its peak, estimated.
-    """
-
-    name: str
-    kind: str
-    needs: tuple[str, ...]
-    state: State
-    note: str = ""
-    digest: str = ""
-    outlook: Outlook | None = None
-    seconds: float | None = None
-    memory: float | None = None
-
-    @property
-    def finished(self) -> bool:
-        """Nothing is left to do but to read it."""
-        return self.state in ("here", "each run", "cached")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The whole of it.
-
-    Args:
-        recipe: its name.
-        base: as written in the recipe.
-        parameters: of the base; ``None`` until it is here.
-        device: where the steps will run.
-        dtype: of the base there.
-        steps: in the order of execution.
-        machine: measured rates; ``None`` if there was nothing to estimate.
-        seconds: Σ over the steps, estimated; ``None`` while something is to be fetched.
-        memory: the largest of the steps'.
-        notes: how the estimates were made, and what should be looked at.
-        suggestions: stage → what its examples settle, and the advice on how to judge with so many; empty while
-            something is to be fetched.
-    """
-
-    recipe: str
-    base: str
-    parameters: int | None
-    device: str
-    dtype: str
-    steps: tuple[PlannedStep, ...]
-    machine: Machine | None
-    seconds: float | None
-    memory: float | None
-    notes: tuple[str, ...]
-    suggestions: Mapping[str, tuple[Suggestion, ...]]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return asdict(self)
-
-    def step(self, name: str) -> PlannedStep:
-        """The step called ``name``."""
-        return next(step for step in self.steps if step.name == name)
 
 
 @as_written
@@ -299,6 +227,30 @@ class Planner:
             digest = judged.digest if judged else ""
         last = "merge" if recipe.deliver.merged else "fuse"
         self._look("evaluate", ("data", *stages, last), digest, costs.evaluate() if costs else None)
+        if recipe.fusion.gate is not None:
+            self._gate(members if whole else None, chosen)
+
+    def _gate(self, members: Mapping[str, Adapter] | None, chosen: Chosen | None) -> None:
+        """Steps of the gates, and of the verdict on the one that λ-validation chooses."""
+        recipe, prepared, costs, dtype = self.recipe, self.prepared, self.costs, str(self.format.plain)
+        trained = tuple(name for name in recipe.members if name not in recipe.adapters)
+        after = ("search",) if recipe.fusion.weights == "search" else ()
+        inputs: list[GateInputs] = []
+        if prepared and members is not None and chosen is not None:
+            inputs = gate_inputs(prepared, members, chosen.weights, dtype)
+        names = gate_names(recipe)
+        digests = [one.digest for one in inputs] or [""] * len(names)
+        steps = []
+        cost, why = costs.gate() if costs else None, reason(recipe)
+        note = f"{candidates(recipe)[0].activation}: {why}" if why else ""
+        for name, digest in zip(names, digests, strict=True):
+            steps.append(self._look("gate", ("data", *trained, *after), digest, cost, name, note))
+        found = [step for step in steps if step is not None]
+        digest = ""
+        if prepared and members is not None and chosen is not None and len(found) == len(names):
+            fitted = chosen_gate(prepared, members, inputs, found)
+            digest = gate_verdict_inputs(prepared, members, chosen.weights, fitted, dtype).digest
+        self._look("judge", (*names, "evaluate"), digest, costs.judge() if costs else None)
 
     def _refits(
         self, chosen: Chosen | None, adapters: Mapping[str, Adapter], after: tuple[str, ...]
@@ -327,10 +279,13 @@ class Planner:
             return None
         return {name: adapter for name, adapter in refitted.items() if name in recipe.members}
 
-    def _look(self, kind: str, needs: tuple[str, ...], digest: str, cost: Cost | None) -> Step | None:
-        """Add a step that is looked up by its digest, where that is known already."""
+    def _look(
+        self, kind: str, needs: tuple[str, ...], digest: str, cost: Cost | None, name: str = "", note: str = ""
+    ) -> Step | None:
+        """Add a step that is looked up by its digest, where that is known already; ``note`` is of one still to do."""
         step = self.cache.lookup(kind, digest) if digest else None
-        planned = PlannedStep(kind, kind, needs, "cached" if step else "to do", digest=digest)
+        planned = PlannedStep(name or kind, kind, needs, "cached" if step else "to do", digest=digest)
+        planned = replace(planned, note="" if step else note)
         if cost is not None:
             planned = replace(planned, seconds=0.0 if step else cost.seconds, memory=cost.memory)
         self.add(planned)

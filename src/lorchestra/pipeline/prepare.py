@@ -28,6 +28,7 @@ from lorchestra.errors import AdapterError, UserError
 from lorchestra.events import SILENT, Reporter
 from lorchestra.fusion.search import heuristic
 from lorchestra.pipeline.estimate import empty_model
+from lorchestra.recipe.gate import deep_problems
 from lorchestra.recipe.mistakes import targets_place
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.recipe.sections import DataEntry
@@ -92,7 +93,7 @@ def prepare(recipe: Recipe, reporter: Reporter = SILENT, fetch: bool = True) -> 
     lock = _lock(recipe, reporter, fetch)
     _pin(lock, recipe, recipe.base, base.weights)
     model = empty_model(directory)
-    recipe.refuse(_absent_modules(recipe, model))
+    recipe.refuse([*_absent_modules(recipe, model), *_too_deep(recipe, model)])
     adapters = {}
     for key, text in recipe.adapters.items():
         adapters[key] = Adapter.load(locate(expand(text), relative_to=where, reporter=reporter, fetch=fetch))
@@ -119,7 +120,8 @@ def prepare_beside(recipe: Recipe, known: Prepared, reporter: Reporter = SILENT,
         NotHereError, SourceError, DataError, RecipeError: as :func:`prepare`.
     """
     recipe.check_sources()
-    recipe.refuse(_absent_modules(recipe, empty_model(known.directory)))
+    model = empty_model(known.directory)
+    recipe.refuse([*_absent_modules(recipe, model), *_too_deep(recipe, model)])
     before = {stage.name: stage for stage in known.recipe.stages}
     same = {
         stage.name: known.data[stage.name]
@@ -173,6 +175,11 @@ def _absent_modules(recipe: Recipe, model: Any) -> list[Problem]:
         except UserError as error:
             found.append((targets_place(recipe, stage), str(error).removeprefix("target_modules: ")))
     return found
+
+
+def _too_deep(recipe: Recipe, model: Any) -> list[Problem]:
+    """A gate's layers, beyond those that the base has."""
+    return list(deep_problems(recipe, int(model.config.get_text_config().num_hidden_layers)))
 
 
 def _misfits(recipe: Recipe, model: Any, base: BaseId, adapters: Mapping[str, Adapter]) -> list[Problem]:

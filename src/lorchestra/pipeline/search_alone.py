@@ -122,7 +122,7 @@ def search_data(
             for spec in specs
         ]
         examples = [example for loaded in read for example in loaded.examples]
-        kind = _kind(name, examples, task)
+        kind = kind_of(name, examples, task)
         parts = split(examples, SplitSpec(0.0, 1.0 - test_share, test_share, seed))
         _enough(name, parts.validation, parts.test, test_share)
         validation[name] = make_domain(name, kind, parts.validation[:limit], renderer, choices=False)
@@ -135,7 +135,12 @@ def search_data(
     return SearchData(validation, test, items, duplicates, truncated, digests)
 
 
-def _kind(name: str, examples: Sequence[Example], task: Task) -> Kind:
+def kind_of(name: str, examples: Sequence[Example], task: Task) -> Kind:
+    """What a domain's examples are scored as: as asked, or as they look.
+
+    Raises:
+        UserError: preference pairs and other examples in one domain.
+    """
     if task != "auto":
         return "dpo" if task == "dpo" else "sft"
     pairs = sum(example.rejected is not None for example in examples)

@@ -17,6 +17,7 @@ from lorchestra.events import SILENT, Reporter
 from lorchestra.pipeline.cache import StepCache, storage
 from lorchestra.pipeline.lazy import LazyBase
 from lorchestra.pipeline.prepare import Prepared, prepare
+from lorchestra.pipeline.prototyping import copy_prototypes
 from lorchestra.pipeline.training import context_of, load_trained, stage_digest, stage_inputs, train
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.recipe.sections import Split
@@ -101,21 +102,27 @@ def tune(
         base = LazyBase(prepared.directory, prepared.base.name, recipe.device, recipe.dtype, reporter)
         found = train(prepared, inputs, base, cache, digest, reporter, logs)
     found.adapter.save(out)
+    copy_prototypes(found.step.directory / "adapter", out)
     counts = {part: len(items) for part, items in prepared.data[stage.name].splits.parts()}
     return Tuned(out, found.adapter, found.training, counts, step is not None, prepared.suggestions[stage.name])
 
 
-def check_place(out: Path) -> None:
+def check_place(out: Path, what: str = "adapter", holds: str = "adapter_config.json") -> None:
     """Before an hour of training: can the adapter be put there?
 
+    Args:
+        out: where.
+        what: it is.
+        holds: a file by which an earlier one is known, whose place may be taken.
+
     Raises:
-        UserError: a file or something that is no adapter is there.
+        UserError: a file or something that is no ``what`` is there.
         StorageError: it cannot be written to.
     """
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; choose a directory for the adapter")
-    if out.is_dir() and any(out.iterdir()) and not (out / "adapter_config.json").exists():
-        raise UserError(f"{out} is not empty and holds no adapter; choose another directory")
+        raise UserError(f"{out} is a file; choose a directory for the {what}")
+    if out.is_dir() and any(out.iterdir()) and not (out / holds).exists():
+        raise UserError(f"{out} is not empty and holds no {what}; choose another directory")
     with storage(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(out.parent, os.W_OK):

@@ -19,6 +19,7 @@ from lorchestra.events import Reporter
 from lorchestra.pipeline.cache import SCRATCH, Step, StepCache, step_digest, write_json
 from lorchestra.pipeline.lazy import LazyBase
 from lorchestra.pipeline.prepare import Prepared, examples_of, rendered_digest
+from lorchestra.pipeline.prototyping import write_prototypes
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.recipe.sections import Stage
 from lorchestra.recipe.suggestions import settle_stage
@@ -242,6 +243,7 @@ def train(
             reporter=reporter, log_directory=logs, pause=pause,
         )  # fmt: skip
         result.adapter.save(work / "adapter")
+        write_prototypes(loaded.model, result.adapter, inputs.items, work / "adapter", reporter)
         training = {
             **asdict(result.progress),
             "steps": result.steps,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from lorchestra.recipe.gate import gate_problems
 from lorchestra.recipe.publish import publish_problems
 from lorchestra.recipe.sections import AUTO, EITHER
 from lorchestra.recipe.sources import variable_problem
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from lorchestra.recipe.sections import Stage
 
 NAME = re.compile(r"^[a-z][a-z0-9_-]{0,63}$")
-RESERVED = {"base", "auto", "uniform", "stack", "mixed", "chosen", "delivered", "new"}
+RESERVED = {"base", "auto", "uniform", "stack", "mixed", "chosen", "delivered", "new", "static", "oracle", "gate"}
 DEVICE = re.compile(r"^(auto|cpu|mps|cuda(:\d+)?)$")
 
 
@@ -191,6 +192,11 @@ def publishing(recipe: Recipe) -> Iterable[Problem]:
         yield from ((("deliver", "publish", *place), text) for place, text in publish_problems(recipe))
 
 
+def gating(recipe: Recipe) -> Iterable[Problem]:
+    """A gate has adapters to choose among, examples to be chosen on, and a sealed test to win on."""
+    yield from ((("fusion", "gate", *place), text) for place, text in gate_problems(recipe))
+
+
 def whole_stack(recipe: Recipe) -> Iterable[Problem]:
     """``weights: last`` delivers the last member as it was trained: all of its context takes part in the fusion."""
     last = next((stage for stage in recipe.stages if stage.name == recipe.members[-1]), None)
@@ -209,7 +215,7 @@ def whole_stack(recipe: Recipe) -> Iterable[Problem]:
 RULES = (
     names, contexts, stage_settings, how_long, preference_losses, members, given_weights, whole_stack,
     something_to_search_on, goal, strategy, something_to_judge_on, device, variables,
-    publishing,
+    publishing, gating,
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from lorchestra.recipe.gate import Gate, gate_form
 from lorchestra.recipe.sources import expand
 from lorchestra.train.settings import ContextMember, Objective, Settings
 
@@ -109,7 +110,7 @@ class Stage(Settings):
 
 class Fusion(Settings):
     """How the members' coefficients are chosen. ``candidates`` null leaves their number to the strategy, ``rank`` null
-    keeps the exact sum."""
+    keeps the exact sum, ``gate`` null fits none."""
 
     members: tuple[str, ...] = ()
     weights: Weights = "search"
@@ -123,6 +124,12 @@ class Fusion(Settings):
     repeats: Annotated[int, Field(ge=1)] = 10
     refit: bool = False
     rank: Annotated[int, Field(ge=1)] | None = None
+    gate: Gate | None = None
+
+    @field_validator("gate", mode="before")
+    @classmethod
+    def _forms(cls, value: Any) -> Any:
+        return gate_form(value)
 
     def aim(self) -> Goal:
         """The goal with its limit, for the search and the verdict."""

@@ -23,6 +23,7 @@ _EXPECTED = {
     "dict_type": _MAPPING, "mapping_type": _MAPPING, "model_type": _MAPPING, "model_attributes_type": _MAPPING,
     "tuple_type": _LIST, "list_type": _LIST,
 }  # fmt: skip
+_TAGS = ("str", "float", "int", "constrained-str", "constrained-int")  # branches of a union
 _BOUNDS = {
     "greater_than": ("more than", "gt"), "greater_than_equal": ("at least", "ge"),
     "less_than": ("less than", "lt"), "less_than_equal": ("at most", "le"),
@@ -107,6 +108,7 @@ def unknown_key(key: str, model: type[BaseModel] | None, root: type[BaseModel]) 
     homes: dict[str, str] = {}
     for name, home in _homes(root):
         homes[name] = f"{homes[name]} or {home}" if name in homes else home
+    homes = dict(_inner_homes(root)) | homes  # a key of an outer section is meant before its namesake inside another
     if key in homes:
         return f"unknown key {key!r} here; it belongs {homes[key]}"
     nearest = _nearest(key, model, root)
@@ -119,7 +121,7 @@ def unknown_key(key: str, model: type[BaseModel] | None, root: type[BaseModel]) 
 
 def _nearest(key: str, model: type[BaseModel] | None, root: type[BaseModel]) -> str:
     """The valid key, here or elsewhere in the recipe, that is spelt most like ``key``; empty if none is."""
-    homes = dict.fromkeys(name for name, _ in _homes(root))
+    homes = dict.fromkeys(name for name, _ in (*_homes(root), *_inner_homes(root)))
     return next(iter(difflib.get_close_matches(key, [*_keys(model), *homes], 1)), "")
 
 
@@ -159,13 +161,23 @@ def _homes(root: type[BaseModel]) -> Iterator[tuple[str, str]]:
                 yield from ((key, f"in an entry of {name}") for key in sorted(own))
 
 
+def _inner_homes(root: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    """Key and section, for sections inside sections (``fusion.gate``)."""
+    for name, field in root.model_fields.items():
+        section = _settings_in(field.annotation)
+        for inner, below in section.model_fields.items() if _is_settings(section) else ():
+            annotation = _settings_in(below.annotation)
+            if _is_settings(annotation):
+                yield from ((key, f"under {name}.{inner}") for key in annotation.model_fields)
+
+
 def _is_settings(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, BaseModel)
 
 
 def _is_union_tag(part: str | int) -> bool:
     """pydantic adds the branch of a union to an error's place; it is no key of the recipe."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "float", "int", "constrained-str"))
+    return isinstance(part, str) and ("[" in part or part in _TAGS)
 
 
 def _model_at(model: Any, path: Location) -> type[BaseModel] | None:

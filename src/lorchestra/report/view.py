@@ -13,6 +13,7 @@ from markupsafe import Markup
 from lorchestra.report.comparison import Comparison
 from lorchestra.report.drawing import finite, number
 from lorchestra.report.figures import Line, line_chart
+from lorchestra.report.gate import gate_section
 from lorchestra.report.lineage import Edge, Node, lineage
 from lorchestra.report.values import duration, facts, flat, mapping, percent, present, records, strings
 from lorchestra.report.weights import fusion_section, merge_section, search_section
@@ -50,6 +51,7 @@ def page(data: Mapping[str, Any]) -> dict[str, Any]:
         "search": search_section(mapping(data.get("search")), hues),
         "fusion": fusion_section(fusion, hues),
         "merge": merge_section(merge),
+        "gate": gate_section(mapping(data.get("gate")), hues),
         "samples": records(data.get("samples")),
         "checks": [_check(name, mapping(found)) for name, found in mapping(data.get("data")).items()],
         "steps": records(data.get("steps")),

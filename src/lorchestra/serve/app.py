@@ -79,7 +79,13 @@ def create_app(
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type", "x-request-id"],
-            expose_headers=["x-request-id", "retry-after", "x-lorchestra-model", "x-lorchestra-arm"],
+            expose_headers=[
+                "x-request-id",
+                "retry-after",
+                "x-lorchestra-model",
+                "x-lorchestra-arm",
+                "x-lorchestra-coefficients",
+            ],
         )
     app.add_middleware(Requests)
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it

@@ -20,7 +20,7 @@ from lorchestra.registry.location import Location, local_path
 SIZE = r"^[0-9]+(\.[0-9]+)?(MB|GB)$"
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
 Positive = Annotated[int, Field(ge=1)]
-# Of these and of adapters, relative ones are the file's neighbours.
+# Of these, adapters and gates, relative ones are the file's neighbours.
 PATHS = ("keys", "ssl_certfile", "ssl_keyfile", "vllm_adapters", "registry_cache")
 REGISTRY = "LORCHESTRA_REGISTRY"
 
@@ -50,6 +50,10 @@ class ServeConfig(BaseModel):
         adapters: name → PEFT directory.
         adapters_dirs: directories whose PEFT directories are served under their own names.
         aliases: a name → an adapter, a mixture, or the base's name.
+        gates: name → directory of a gate (``lorchestra gate fit``), whose adapters are served too.
+        auto: there is a model ``auto``, which chooses for each prompt among the adapters that its key may use.
+        auto_top_k: adapters of an answer of ``auto``, at most.
+        auto_gate: a gate of ``gates`` that has the last word where ``auto`` finds one of its members.
         registry: URL of a registry whose names are served too; ``LORCHESTRA_REGISTRY`` unless set, empty for none.
         registry_cache: where its versions are kept on this machine; under ``LORCHESTRA_HOME`` unless set.
         registry_cache_size: what they may take there, as in ``20GB``; ``null`` for no bound.
@@ -96,6 +100,10 @@ class ServeConfig(BaseModel):
     adapters: dict[str, str] = Field(default_factory=dict)
     adapters_dirs: list[str] = Field(default_factory=list)
     aliases: dict[str, str] = Field(default_factory=dict)
+    gates: dict[str, str] = Field(default_factory=dict)
+    auto: bool = False
+    auto_top_k: Annotated[int, Field(ge=1, le=64)] = 1
+    auto_gate: str | None = None
     registry: str | None = None
     registry_cache: str | None = None
     registry_cache_size: Size | None = "20GB"
@@ -149,13 +157,13 @@ class ServeConfig(BaseModel):
             raise UserError(document.listed(problems(error, cls))) from None
 
     def with_flags(self, flags: Mapping[str, Any]) -> ServeConfig:
-        """With what the command line says; adapters and aliases are added, everything else is replaced.
+        """With what the command line says; adapters, aliases and gates are added, everything else is replaced.
 
         Raises:
             UserError: a flag is out of bounds, or an adapter's name is taken.
         """
         given = {key: value for key, value in flags.items() if value is not None and value != []}
-        for key in ("adapters", "aliases"):
+        for key in ("adapters", "aliases", "gates"):
             for name in given.get(key, {}).keys() & getattr(self, key).keys():
                 raise UserError(f"{name!r} is in the configuration file and on the command line; keep one of them")
             given[key] = getattr(self, key) | given.get(key, {})
@@ -183,6 +191,14 @@ class ServeConfig(BaseModel):
             )
         if self.lora_roots and not self.enable_load:
             raise UserError("--lora-root says where adapters may be loaded from; it needs --enable-load")
+        if self.auto_gate is not None and self.auto_gate not in self.gates:
+            raise UserError(
+                f"auto_gate is {self.auto_gate!r}, which is none of gates: {', '.join(self.gates) or 'none'}"
+            )
+        if self.auto_top_k > self.max_mixture:
+            raise UserError(
+                f"auto_top_k is {self.auto_top_k}, and at most max_mixture: {self.max_mixture} may be mixed"
+            )
         if self.registry_url:
             Location.parse(self.registry_url)
         parse_duration(self.registry_grace)
@@ -212,6 +228,7 @@ class ServeConfig(BaseModel):
 
         changed: dict[str, Any] = {
             "adapters": {name: beside(path) for name, path in self.adapters.items()},
+            "gates": {name: beside(path) for name, path in self.gates.items()},
             "adapters_dirs": [beside(path) for path in self.adapters_dirs],
             "lora_roots": [beside(path) for path in self.lora_roots],
         }

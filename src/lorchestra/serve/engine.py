@@ -84,6 +84,22 @@ class Served:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What a gate, or ``auto``, made of a prompt.
+
+    Args:
+        gate: its name, or ``auto``.
+        coefficients: name of an adapter → its coefficient, in the order of the answer's members; the others have 0, and
+            where all have, the base answers.
+        nearest: of the prompts that the gate was fitted on, those that this one is nearest to, as plain JSON.
+    """
+
+    gate: str
+    coefficients: Mapping[str, float]
+    nearest: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
 class Target:
     """Who answers: adapters with coefficients, none for the base.
 
@@ -92,12 +108,14 @@ class Target:
         members: adapters and their coefficients.
         arm: ``stable`` or ``candidate``, where a canary splits this traffic and the request counts for it.
         rollout: id of that canary.
+        choice: who chose the members, where it was not the request itself.
     """
 
     asked: str
     members: tuple[tuple[Served, float], ...] = ()
     arm: Literal["", "stable", "candidate"] = ""
     rollout: int | None = None
+    choice: Choice | None = None
 
     @property
     def single(self) -> Served | None:
@@ -206,6 +224,21 @@ class Engine(Protocol):
 
     def resident(self) -> Sequence[str]:
         """Keys of the adapters in memory."""
+        ...
+
+    async def features(self, body: CompletionRequest | ChatRequest, layers: int, last: bool) -> Sequence[float]:
+        """What a gate sees of a request: ``[n]``, of its one prompt by the base's own chat template; nothing where the
+        prompt has no text.
+
+        Args:
+            body: the request.
+            layers: the states after so many of the base's layers; 0: the input embeddings.
+            last: append the last token's state to the mean over all tokens.
+
+        Raises:
+            RequestError: several prompts, one that cannot be read, or an engine that has no gates.
+            StoppingError: the engine starts or stops.
+        """
         ...
 
     async def answer(self, call: Call) -> Answer:

@@ -39,6 +39,7 @@ from lorchestra.serve.routing import Router
 from lorchestra.serve.versions import ColdError
 
 if TYPE_CHECKING:
+    from lorchestra.serve.choosing import Choosing
     from lorchestra.serve.engine import Target
     from lorchestra.serve.following import Follower
     from lorchestra.serve.outcomes import Outcomes
@@ -76,6 +77,7 @@ class TenantGateway:
         limits: of keys.
         may_load: whether operators may load and unload adapters.
         clock: seconds.
+        choosing: gates and ``auto``; ``None`` where there are none.
         follower: of the registry that names come from; ``None`` where there is none.
         outcomes: tells the registry what became of answers.
     """
@@ -91,10 +93,11 @@ class TenantGateway:
         limits: Limits | None = None,
         may_load: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        choosing: Choosing | None = None,
         follower: Follower | None = None,
         outcomes: Outcomes | None = None,
     ) -> None:
-        self._follower, self._outcomes = follower, outcomes
+        self._follower, self._outcomes, self._choosing = follower, outcomes, choosing
         self._flights = follower.flights if follower else Flights()
         self._engine, self._router, self._keys, self._metrics, self._log = engine, router, keys, metrics, log
         self._limits, self._may_load, self._clock = limits or Limits(), may_load, clock
@@ -142,7 +145,8 @@ class TenantGateway:
 
     def models(self, caller: Caller) -> Sequence[Card]:
         """What the caller's key may use."""
-        return self._router.cards(_key(caller))
+        key = _key(caller)
+        return [*self._router.cards(key), *(self._choosing.cards(key) if self._choosing else ())]
 
     async def answer(self, caller: Caller, request_id: str, body: CompletionRequest | ChatRequest) -> Answer:
         """The whole answer."""
@@ -242,15 +246,21 @@ class TenantGateway:
     async def _call(
         self, caller: Caller, request_id: str, body: CompletionRequest | ChatRequest, account: Account
     ) -> Call:
+        if self._choosing is not None and self._choosing.has(body.model):
+            target = await self._choosing.target(_key(caller), body)
+            self._metrics.chosen(target)
+        else:
+            target = await self._resolved(_key(caller), body)
+        account.target = target
+        return Call(request_id, caller.tenant, target, body)
+
+    async def _resolved(self, key: Key, body: CompletionRequest | ChatRequest) -> Target:
         while True:
             try:
-                target = self._router.resolve(_key(caller), body.model, body.user or "")
-                break
+                return self._router.resolve(key, body.model, body.user or "")
             except ColdError as cold:
                 assert self._router.versions is not None  # it says so
                 await self._router.versions.prepare(cold.line)
-        account.target = target
-        return Call(request_id, caller.tenant, target, body)
 
     @contextmanager
     def _admitted(self, caller: Caller) -> Iterator[None]:
@@ -316,6 +326,8 @@ class TenantGateway:
         }
         if account.target is not None and account.target.arm:
             line["arm"] = account.target.arm
+        if account.target is not None and account.target.choice is not None:
+            line["gate"] = account.target.choice.gate
         if failure is not None:
             line["error"] = type(failure).__name__
         if self._log.prompts:

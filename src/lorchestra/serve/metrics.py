@@ -65,12 +65,24 @@ class Metrics:
             "lorchestra_adapter_load_seconds", "Reading an adapter into memory.", buckets=_LOADS, registry=one
         )
         self.evictions = Counter("lorchestra_adapter_evictions", "Adapters put out of memory.", by, registry=one)
+        self.choices = Counter(
+            "lorchestra_gate_choices",
+            "Answers that a gate, or auto, gave an adapter a part in, or the base where none has one.",
+            ("gate", "adapter"),
+            registry=one,
+        )
         self.registry.register(_Residency(resident, self.label))
 
     def watch(self, ready: Callable[[], bool]) -> None:
         """What to ask at each scrape: whether requests are taken."""
         gauge = Gauge("lorchestra_ready", "1 while requests are taken, as /ready says it.", registry=self.registry)
         gauge.set_function(lambda: float(ready()))
+
+    def chosen(self, target: Target) -> None:
+        """A gate, or ``auto``, has chosen who answers."""
+        assert target.choice is not None  # it has
+        for label in [self.label(adapter.name) for adapter, _ in target.members] or [self._base]:
+            self.choices.labels(target.choice.gate, label).inc()
 
     def name(self, target: Target) -> str:
         """The label of who answers."""

@@ -65,6 +65,7 @@ class Card:
         max_length: positions, prompt and answer together; ``None`` where the engine does not say.
         version: of a registry, that answers at this moment: ``clinic@v2``.
         drift: measured differences of this server's base from the one that it was trained on, where they are others.
+        chooses: of a gate, or ``auto``: the adapters that it chooses from; ``None`` for everything else.
     """
 
     id: str
@@ -75,6 +76,7 @@ class Card:
     max_length: int | None = None
     version: str = ""
     drift: Mapping[str, Any] = field(default_factory=dict)
+    chooses: tuple[str, ...] | None = None
 
 
 class Gateway(Protocol):

@@ -112,11 +112,11 @@ class Heading:
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         """The body of a response."""
-        return self._body("", answer.choices) | {"usage": usage(answer.usage)}
+        return self._body("", answer.choices) | {"usage": usage(answer.usage)} | chosen(answer.by)
 
     def part(self, chunk: Chunk) -> dict[str, Any]:
         """A streamed chunk."""
-        body = self._body(".chunk", chunk.choices)
+        body = self._body(".chunk", chunk.choices) | chosen(chunk.by)
         options = self.request.stream_options
         if options is not None and options.continuous_usage_stats:
             body["usage"] = usage(chunk.usage)
@@ -165,15 +165,34 @@ def model(card: Card) -> dict[str, Any]:
         shown["version"] = card.version
     if card.drift:
         shown["base_drift"] = dict(card.drift)
+    if card.chooses is not None:
+        shown["chooses"] = list(card.chooses)
     return shown
 
 
 def answered_by(target: Target | None) -> dict[str, str]:
     """Headers that say who answered: ``clinic@v2``, an adapter of no registry by its name, a mixture with its weights;
-    nothing for the base.
+    nothing for the base. Where a gate chose, its coefficients: ``clinic=0.7,law=0.3``, or ``none``.
     """
-    if target is None or not target.members:
+    if target is None:
         return {}
+    choice = {}
+    if target.choice is not None:
+        told = ",".join(f"{name}={c!r}" for name, c in target.choice.coefficients.items())
+        choice = {"x-lorchestra-coefficients": told or "none"}
+    if not target.members:
+        return choice
     said = [(served.reference or served.name, weight) for served, weight in target.members]
     shown = said[0][0] if target.single else "+".join(f"{name}={weight!r}" for name, weight in said)
-    return {"x-lorchestra-model": shown} | ({"x-lorchestra-arm": target.arm} if target.arm else {})
+    return {"x-lorchestra-model": shown} | ({"x-lorchestra-arm": target.arm} if target.arm else {}) | choice
+
+
+def chosen(target: Target | None) -> dict[str, Any]:
+    """The field of a body that says what a gate, or ``auto``, made of the prompt; nothing where none was asked."""
+    if target is None or target.choice is None:
+        return {}
+    choice = target.choice
+    told: dict[str, Any] = {"gate": choice.gate, "coefficients": dict(choice.coefficients)}
+    if choice.nearest:
+        told["nearest"] = [dict(one) for one in choice.nearest]
+    return {"lorchestra": told}

@@ -6,7 +6,7 @@ Nothing here touches the disk but :meth:`Router.read`, which takes a path and ne
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -40,6 +40,7 @@ class Router:
         roots: directories that :meth:`read` may read from.
         max_length: positions of a sequence, to be shown.
         versions: of a registry, whose names are served too; where another thing here has such a name, that wins.
+        gates: names of gates, which nothing else may have here.
 
     Raises:
         UserError: a name is used twice, or an alias leads nowhere.
@@ -55,15 +56,17 @@ class Router:
         roots: Sequence[Path] = (),
         max_length: int | None = None,
         versions: Versions | None = None,
+        gates: Collection[str] = (),
     ) -> None:
         self.base, self.most_members, self.max_length, self.versions = base, most_members, max_length, versions
+        self._gates = frozenset(gates)
         self._roots = tuple(root.resolve() for root in roots)
-        self._created = int(time.time())
+        self.created = int(time.time())
         self._adapters: dict[str, tuple[Served, int]] = {}
         self._aliases: dict[Reference, Mixture | None] = {}  # None: the base
         for text, meaning in (aliases or {}).items():
             self._alias(text, meaning)
-        self._hiding = {base, *(alias.name for alias in self._aliases if not alias.selector)}
+        self._hiding = {base, *gates, *(alias.name for alias in self._aliases if not alias.selector)}
         for adapter in adapters:
             self.add(adapter)
         for alias, mixture in self._aliases.items():
@@ -88,25 +91,51 @@ class Router:
         """
         if model == self.base:
             return Target(model)
-        members = self._members(model)
+        return self.mixed(key, model, self._members(model), user)
+
+    def mixed(self, key: Key, model: str, members: Sequence[tuple[Reference, float]], user: str = "") -> Target:
+        """A sum of ``members`` for ``key``, under the name ``model``; as :meth:`resolve`, which raises the same."""
         found = [(self._find(reference, key.name, user), key.may_use(reference.name), weight)
                  for reference, weight in members]  # fmt: skip
         if not all(one is not None and may for one, may, _ in found):
-            raise UnknownModelError(_unknown(model), model)
+            raise unknown(model)
         served = tuple((self._served(one, model), weight) for one, _, weight in found if one is not None)
         if len(found) == 1 and found[0][2] == 1.0 and isinstance(one := found[0][0], Found):
             return Target(model, served, one.arm, one.rollout)
         return Target(model, served)
 
+    def knows(self, reference: Reference) -> bool:
+        """Whether there is such an adapter, revoked or not."""
+        return self._find(reference) is not None
+
+    def usable(self, key: Key, reference: Reference) -> bool:
+        """Whether ``key`` may use it and it is there: neither revoked nor known to be unfit for this server."""
+        one = self._find(reference) if key.may_use(reference.name) else None
+        if isinstance(one, Found):
+            assert self.versions is not None  # it was found there
+            return one.line.revoked is None and not self.versions.unfit(one.line)
+        return one is not None
+
+    def present(self, key: Key) -> Mapping[str, Served]:
+        """The adapters that ``key`` may use by their names alone and that are on this machine, with their names."""
+        found = {name: adapter for name, (adapter, _) in self._adapters.items() if key.may_use(name)}
+        for name in self._of_registry():
+            one = self._find(Reference(name)) if key.may_use(name) else None
+            if isinstance(one, Found) and one.line.revoked is None and self.versions is not None:
+                here = self.versions.here.get(one.line.id)
+                if here is not None:
+                    found[name] = here
+        return found
+
     def cards(self, key: Key) -> Sequence[Card]:
         """What ``key`` may use: the base, adapters, aliases; and of a registry names and their aliases."""
-        out = [Card(self.base, self._created, max_length=self.max_length)]
+        out = [Card(self.base, self.created, max_length=self.max_length)]
         for name, (adapter, created) in sorted(self._adapters.items()):
             if key.may_use(name):
                 out.append(Card(name, created, self.base, adapter.parents, adapter.digest, self.max_length))
         for alias, mixture in self._aliases.items():
             if mixture is None:
-                out.append(Card(str(alias), self._created, self.base, max_length=self.max_length))
+                out.append(Card(str(alias), self.created, self.base, max_length=self.max_length))
                 continue
             found = [(self._find(member), member, weight) for member, weight in mixture.members]
             if all(one is not None and key.may_use(member.name) for one, member, _ in found):
@@ -115,7 +144,7 @@ class Router:
                 parents = {str(member): weight for member, weight in mixture.members}
                 if isinstance(single, Served):
                     parents = dict(single.parents)
-                out.append(Card(str(alias), self._created, self.base, parents, digest, self.max_length))
+                out.append(Card(str(alias), self.created, self.base, parents, digest, self.max_length))
         for name in sorted(self._of_registry()):
             if key.may_use(name):
                 out += self._cards_of(name)
@@ -154,6 +183,8 @@ class Router:
         check_name(name)
         if name == self.base:
             raise UserError(f"{name!r} is the base's name; call the adapter otherwise, or the base (--name)")
+        if name in self._gates:
+            raise UserError(f"{name!r} is a gate's name; call the adapter otherwise, or the gate (--gate NAME=DIR)")
         if Reference(name) in self._aliases:
             raise UserError(f"{name!r} is an alias; call the adapter otherwise")
         if anew and self.versions and name in self.versions.view.snapshot.names and not self._taken(name):
@@ -178,7 +209,7 @@ class Router:
         """
         may = key.may_use(name)
         if name not in self._adapters or not may:
-            raise UnknownModelError(_unknown(name), name)
+            raise unknown(name)
         return self._adapters.pop(name)[0]
 
     def read(self, name: str, path: str) -> Served:
@@ -218,7 +249,7 @@ class Router:
             try:
                 reference = self._meant(parse_reference(model))
             except UserError:
-                raise UnknownModelError(_unknown(model), model) from None
+                raise unknown(model) from None
             if reference in self._aliases:
                 mixture = self._aliases[reference]
                 return mixture.members if mixture else ()
@@ -297,6 +328,8 @@ class Router:
             raise UserError(f"alias {text}: a digest names its weights; write a name, or name@word")
         if text == self.base:
             raise UserError(f"alias {text}: this is the base's name")
+        if alias.name in self._gates:
+            raise UserError(f"alias {text}: this is a gate's name")
         if meaning == self.base:
             self._aliases[alias] = None
             return
@@ -311,6 +344,8 @@ class Router:
         self._aliases[alias] = mixture
 
 
-def _unknown(model: str) -> str:
+def unknown(model: str) -> UnknownModelError:
     """The very same for what is not there and for what is another's."""
-    return f"the model {model!r} does not exist, or this key may not use it; /v1/models lists what it may"
+    return UnknownModelError(
+        f"the model {model!r} does not exist, or this key may not use it; /v1/models lists what it may", model
+    )

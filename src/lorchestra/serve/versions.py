@@ -287,6 +287,11 @@ class Versions:
         if over:
             self._tidy_at = self.clock() + RECENT
 
+    def unfit(self, line: Line) -> bool:
+        """Whether it turned out to be none that this server can use, and it is not time to try again."""
+        failure = self.failures.get(line.id)
+        return failure is not None and failure.kind != "registry down" and not self._due(failure)
+
     def close(self) -> None:
         """Bring nothing any more."""
         for task in self._bringing.values():

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorchestra.serve.engine import Answer, Call, Chunk, Observer, Served, StoppingError, Target
+from lorchestra.serve.engine import Answer, Call, Chunk, Observer, RequestError, Served, StoppingError, Target
 from lorchestra.serve.turns import Turns
 from lorchestra.serve.vllm_adapters import NOTHING, Workshop, target_key
 from lorchestra.serve.vllm_process import Launch, slot_rank
@@ -24,6 +24,7 @@ from lorchestra.serve.vllm_wire import body_of, chunks_of, path_of, usage_of
 
 if TYPE_CHECKING:
     from lorchestra.adapter.lineage import BaseId
+    from lorchestra.serve.wire import ChatRequest, CompletionRequest
 
 # A server that has the adapter is preferred until it has so many requests more than the least busy one.
 _STICKS = 16
@@ -127,6 +128,14 @@ class VllmEngine:
     def resident(self) -> Sequence[str]:
         """Keys of the adapters that a server holds; mixtures, too."""
         return sorted({key for server in self.servers for key in server.slots.loaded()} - {NOTHING})
+
+    async def features(self, body: CompletionRequest | ChatRequest, layers: int, last: bool) -> Sequence[float]:
+        """vLLM gives no states of its model."""
+        raise RequestError(
+            f"{body.model!r} chooses by the base's own states, which vLLM does not give; name an adapter or a mixture, "
+            "or serve with --engine embedded",
+            "model",
+        )
 
     async def answer(self, call: Call) -> Answer:
         """As :meth:`lorchestra.serve.engine.Engine.answer`."""

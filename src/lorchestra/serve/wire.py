@@ -45,7 +45,7 @@ class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     model: Annotated[str, Field(min_length=1, max_length=2048)] = Field(
-        description="The base, an adapter, an alias, or a mixture: general=0.3+clinic=0.5."
+        description="The base, an adapter, an alias, a mixture (general=0.3+clinic=0.5), a gate, or auto."
     )
     max_tokens: int | None = Field(None, ge=0, lt=2**31, description="At most so many new tokens.")
     temperature: float | None = Field(None, ge=0, le=2, description="0 takes the likeliest token.")

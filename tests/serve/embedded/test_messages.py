@@ -21,6 +21,7 @@ from lorchestra.serve.embedded.core import (
     Loaded,
     Resident,
     Result,
+    Seen,
     Setup,
     Taken,
     Waited,
@@ -33,6 +34,7 @@ from lorchestra.serve.embedded.messages import (
     Push,
     Ready,
     Relayed,
+    See,
     Stop,
     packed,
     receive,
@@ -85,13 +87,13 @@ def test_requests_and_results_cross_unchanged():
     events = [
         Result(1, Produced((Token(7, -math.inf, ((7, -0.1), (8, -math.pi))),), (Token(3),), "stop")),
         Taken(1), Done(1), Waited(((served, 0.3),), 0.1), Resident(("a", "b")), Loaded(served, 0.5), Evicted(served),
-        Ended("so"),
+        Ended("so"), Seen(4, (0.1, -math.inf, 1e-45)),
     ]  # fmt: skip
     assert crossed(events) == crossed(tuple(events)) == events
     assert [type(event) for event in crossed(events)] == [type(event) for event in events]
     setup = Setup(Path("base"), limits=Limits(max_batch=3, adapter_memory=7))
     assert crossed(setup) == setup
-    for order in (Leave(1), Load(2, served), Drop(3, "a@1"), Stop()):
+    for order in (Leave(1), See(5, (1, 2), 3, True), Load(2, served), Drop(3, "a@1"), Stop()):
         assert crossed(order) == order
 
 

@@ -69,7 +69,7 @@ function mixture(members, base) {
 }
 
 function side(letter, members, { base, names, list }) {
-  const [rows, answer, foot] = [h("div.members"), h("div.answer", { "aria-live": "polite", "aria-busy": "false" }), h("p.answer-foot.soft")];
+  const [rows, answer, chosen, foot] = [h("div.members"), h("div.answer", { "aria-live": "polite", "aria-busy": "false" }), h("div.chosen"), h("p.answer-foot.soft")];
   const model = h("code.model");
   const told = () => fill(model, mixture(members, base));
 
@@ -96,12 +96,14 @@ function side(letter, members, { base, names, list }) {
     answer.setAttribute("aria-busy", "true");
     fill(answer, h("p.soft", null, t("waiting")));
     fill(foot);
+    fill(chosen);
     const closing = (...more) => fill(foot, [who ? t("answered", { who }) : null, tokens ? t("tokens_n", { n: f.count(tokens) }) : null, f.seconds((performance.now() - began) / 1000), tokens > 1 ? t("rate", { n: f.number((1000 * (tokens - 1)) / (performance.now() - first), 3) }) : null, ...more].filter(Boolean).join(" · "));
     try {
       const events = stream("ask", { ...question, model: mixture(members, base) }, signal, (headers) => { who = headers.get("x-lorchestra-model") ?? base; });
       for await (const event of events) {
         if (event.error) throw new Error(event.error.message);
         if (event.end) break;
+        if (event.lorchestra) fill(chosen, choiceOf(event.lorchestra));
         if (!first) { first = performance.now(); fill(answer, h("pre.text", null, text)); }
         text.appendData(event.text);
         tokens = event.tokens;
@@ -123,6 +125,17 @@ function side(letter, members, { base, names, list }) {
   return {
     ask,
     element: h("section.card.side", { "aria-labelledby": title }, h("h2", { id: title }, t("target", { side: letter })), rows,
-      h("p.side-model", null, button(t("add_member"), () => { members.push({ name: names.find((name) => !members.some((one) => one.name === name)) ?? "", weight: members.length ? 0.5 : 1 }); draw(); }, "small"), model), answer, foot),
+      h("p.side-model", null, button(t("add_member"), () => { members.push({ name: names.find((name) => !members.some((one) => one.name === name)) ?? "", weight: members.length ? 0.5 : 1 }); draw(); }, "small"), model), answer, chosen, foot),
   };
+}
+
+/** What a gate made of the prompt: a coefficient for each adapter, and the training prompts that are nearest to it. */
+function choiceOf({ gate, coefficients, nearest = [] }) {
+  const found = Object.entries(coefficients).sort((one, other) => Math.abs(other[1]) - Math.abs(one[1]));
+  return [
+    h("p.soft", null, found.length ? t("gate_chose", { gate }) : t("gate_chose_none", { gate })),
+    found.map(([name, value]) => h("div.coefficient", null, h("span", null, name), h("meter", { min: 0, max: 1, value: Math.min(Math.abs(value), 1), "aria-label": t("weight", { name }) }), h("span.number", null, f.number(value, 3)))),
+    nearest.length ? h("p.soft", null, t("nearest_prompts")) : null,
+    nearest.length ? h("ul.soft", null, nearest.map((one) => h("li", null, `${f.number(one.similarity, 2)} ${one.domain ?? ""} ${one.text ?? one.digest.slice(0, 19)}`))) : null,
+  ].flat().filter(Boolean);
 }

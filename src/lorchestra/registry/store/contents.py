@@ -46,6 +46,7 @@ KINDS: tuple[tuple[str, int], ...] = (
     (r"serve\.yaml", _MiB),
     (r"chat_template\.jinja", _MiB),
     (r"README\.md", _MiB),
+    (r"prototypes\.safetensors", 16 * _MiB),  # what a router knows of it
     (r".+\.(?:json|txt|model)", 128 * _MiB),  # a tokenizer's
 )
 NEEDED = (CONFIG, WEIGHTS)

@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 
 from lorchestra.serve.embedded.formats import Chats, Completions, Format
 from lorchestra.serve.embedded.generation import Finish, Generation, Produced, Sampling, TokenEngine
-from lorchestra.serve.embedded.prompts import Prompt, Prompts
+from lorchestra.serve.embedded.prompts import Prompt, Prompts, text_of
 from lorchestra.serve.embedded.sampled import refuse_unable, sampling
 from lorchestra.serve.embedded.vocabulary import Vocabulary
 from lorchestra.serve.embedded.writing import Piece, Placed, Writer, placed_prompt
@@ -38,6 +38,8 @@ class AdapterTokens(TokenEngine, Protocol):
     async def unload(self, adapter: Served) -> None: ...
 
     def resident(self) -> Sequence[str]: ...
+
+    async def features(self, prompt: tuple[int, ...], layers: int, last: bool) -> tuple[float, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,23 @@ class TextEngine:
 
     def resident(self) -> Sequence[str]:
         return self._tokens.resident()
+
+    async def features(self, body: CompletionRequest | ChatRequest, layers: int, last: bool) -> Sequence[float]:
+        refuse_unable(body)
+        if isinstance(body, ChatRequest):
+            prompt: Prompt = await self._off_loop(self._prompts.chat, body, None)
+            blank = not any(text_of(message).strip() for message in body.messages)
+        else:
+            items = _items(body)
+            if len(items) > 1:
+                raise RequestError(
+                    f"prompt: {len(items)} prompts at once; {body.model!r} chooses for one prompt, so send each as a "
+                    "request of its own",
+                    "prompt",
+                )
+            prompt = await self._off_loop(self._prompts.completion, items[0], "prompt")
+            blank = not prompt.text.strip()
+        return () if blank else await self._tokens.features(prompt.ids, layers, last)
 
     async def answer(self, call: Call) -> Answer:
         plan = await self._planned(call)

@@ -30,6 +30,7 @@ from lorchestra.serve.embedded.messages import (
     Push,
     Ready,
     Relayed,
+    See,
     Stop,
     packed,
     receive,
@@ -125,6 +126,8 @@ def _carry_out(order: Order, core: Core) -> None:
             core.push(number, generation)
         case Leave(number):
             core.leave(number)
+        case See(number, prompt, layers, last):
+            core.see(number, prompt, layers, last)
         case Load(number, adapter):
             core.load(number, adapter)
         case Drop(number, key):

@@ -72,6 +72,14 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What a gate sees of the prompt that was asked about under ``number``: ``[n]`` float32."""
+
+    number: int
+    features: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Taken:
     """Sequence ``number`` waits no more."""
 
@@ -122,7 +130,7 @@ class Ended:
     said: str
 
 
-Event = Result | Failure | Taken | Done | Waited | Loaded | Evicted | Resident | Ended
+Event = Result | Failure | Seen | Taken | Done | Waited | Loaded | Evicted | Resident | Ended
 Hear = Callable[[Sequence[Event]], None]
 
 
@@ -157,6 +165,12 @@ class Core(Protocol):
 
     def leave(self, number: int) -> None:
         """Nobody waits for this sequence any more: its slot is free before the next step."""
+        ...
+
+    def see(self, number: int, prompt: tuple[int, ...], layers: int, last: bool) -> None:
+        """What a gate sees of ``prompt``: seen, or a failure; arguments as of
+        :class:`~lorchestra.serve.embedded.seeing.Sight`.
+        """
         ...
 
     def load(self, number: int, adapter: Served) -> None:

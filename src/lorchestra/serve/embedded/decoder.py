@@ -104,7 +104,7 @@ class LlamaDecoder:
                     Linear.of(mlp.down_proj),
                 )
             )
-        self.groups = tuple(groups)
+        self.groups, self.depth = tuple(groups), len(self.layers)
         self.norm = _Norm(inner.norm.weight, self.eps)
         self.head = Linear.of(model.lm_head)
         places = torch.arange(max_length, device=self.device)[None]
@@ -126,14 +126,29 @@ class LlamaDecoder:
         Returns:
             ``[b, L, n]``.
         """
+        return self._through(ids, step, bank, acting, self.depth)
+
+    @torch.inference_mode()
+    def embedded(self, ids: Tensor) -> Tensor:
+        """Input embeddings ``[b, L, n]`` of ids ``[b, L]``."""
+        return embedding(ids.to(self.device), self.embedding)
+
+    @torch.inference_mode()
+    def early_states(self, ids: Tensor, step: Reading, bank: RowBank, layers: int) -> Tensor:
+        """The base's own states; as :class:`~lorchestra.serve.embedded.scheduler.Decoder`."""
+        x = self._through(ids, step, bank, Acting(()), layers)
+        return self.norm(x, None) if layers == self.depth else x
+
+    def _through(self, ids: Tensor, step: Reading | Decoding, bank: RowBank, acting: Acting, layers: int) -> Tensor:
+        """The states after the first ``layers``."""
         b, L = ids.shape
-        x = embedding(ids.to(self.device), self.embedding)
+        x = self.embedded(ids)
         places = step.positions.to(self.device)
         cos, sin = self.cos[places][:, :, None], self.sin[places][:, :, None]  # [b, L, 1, d]
         queries, keys = self.heads * self.group * self.width, self.heads * self.width
         half = self.width // 2
         room = x.new_empty(b, L, 2 * self.hidden) if x.device.type == "cpu" else None
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.layers[:layers]):
             y = layer.before(x, room)
             qkv = layer.qkv(y)
             if acting.parts:

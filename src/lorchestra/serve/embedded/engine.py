@@ -21,11 +21,12 @@ from lorchestra.serve.embedded.core import (
     Loaded,
     Resident,
     Result,
+    Seen,
     Taken,
     Waited,
 )
 from lorchestra.serve.embedded.generation import Generation, Produced
-from lorchestra.serve.engine import Observer, RequestError, Served, StoppingError
+from lorchestra.serve.engine import Observer, RequestError, Served, StoppingError, TooLongError
 from lorchestra.serve.fair import FairQueue
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class ContinuousEngine:
         self._draining = self._ended = False
         self._numbers = count()
         self._results: dict[int, asyncio.Queue[Produced | BaseException]] = {}  # of the sequences that did not end
-        self._asked: dict[int, asyncio.Future[None]] = {}  # loads and drops under way
+        self._asked: dict[int, asyncio.Future[tuple[float, ...]]] = {}  # what is no sequence: loads, drops, features
         self._users: Counter[str] = Counter()
         self._free: dict[str, asyncio.Event] = {}  # set when nobody uses the adapter any more
         self._resident: tuple[str, ...] = ()
@@ -104,6 +105,21 @@ class ContinuousEngine:
         """Keys of the adapters in memory."""
         return self._resident
 
+    async def features(self, prompt: tuple[int, ...], layers: int, last: bool) -> tuple[float, ...]:
+        """What a gate sees of a prompt; arguments as of :class:`~lorchestra.serve.embedded.seeing.Sight`.
+
+        Raises:
+            RequestError: it is longer than a sequence may be, or has no token.
+            StoppingError: the engine starts, stops or has failed.
+        """
+        if not self.ready:
+            raise StoppingError("the engine is starting or stopping; try again in a while")
+        if not prompt:
+            raise RequestError("prompt: got no token, expected at least one", "prompt")
+        if len(prompt) > self.max_length:
+            raise TooLongError(f"{len(prompt)} tokens are more than the {self.max_length} of this model", "prompt")
+        return await self._settled(lambda number: self._core.see(number, prompt, layers, last))
+
     async def generate(self, generation: Generation) -> AsyncGenerator[Produced, None]:
         """As :class:`~lorchestra.serve.embedded.generation.TokenEngine` has it."""
         if not self.ready:
@@ -141,13 +157,13 @@ class ContinuousEngine:
         if length > self.max_length:
             raise RequestError(f"{length} tokens are more than the {self.max_length} of this model", "max_tokens")
 
-    async def _settled(self, ask: Callable[[int], None]) -> None:
-        """Ask the core for something, and wait until it is done."""
+    async def _settled(self, ask: Callable[[int], None]) -> tuple[float, ...]:
+        """Ask the core for something, and wait until it is done; what was seen, if that was asked."""
         number = next(self._numbers)
         self._asked[number] = asyncio.get_running_loop().create_future()
         try:
             ask(number)
-            await self._asked[number]
+            return await self._asked[number]
         finally:
             del self._asked[number]
 
@@ -167,6 +183,8 @@ class ContinuousEngine:
                 case Failure(number, error):
                     self._put(number, error, ends=True)
                     self._settle(number, error)
+                case Seen(number, features):
+                    self._settle(number, features=features)
                 case Taken(number):
                     self._room.taken(number)
                 case Done(number):
@@ -183,12 +201,12 @@ class ContinuousEngine:
         if results is not None:  # else its client has gone
             results.put_nowait(result)
 
-    def _settle(self, number: int, error: BaseException | None = None) -> None:
+    def _settle(self, number: int, error: BaseException | None = None, features: tuple[float, ...] = ()) -> None:
         asked = self._asked.get(number)
         if asked is None or asked.done():  # by then it was cancelled
             return
         if error is None:
-            asked.set_result(None)
+            asked.set_result(features)
         else:
             asked.set_exception(error)
 

@@ -6,6 +6,7 @@ add each row's adapter. Slower than :mod:`lorchestra.serve.embedded.decoder`, an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,6 +19,7 @@ from lorchestra.errors import UserError
 from lorchestra.serve.embedded.slots import CacheShape, Decoding, Reading
 
 ATTENTION = "lorchestra_slots"
+ZERO = "fit the gate on features of 0 layers (--layers 0)"
 _STEP: ContextVar[Reading | Decoding] = ContextVar("lorchestra_step")
 
 
@@ -69,6 +71,9 @@ class GenericDecoder:
         shapes = {path: shape for path in seen.paths if (shape := linear_shape(linears[path])) is not None}
         self.groups = groups_of(shapes)
         self._adding: tuple[RowBank, Acting] | None = None
+        names = ("layers", "h", "blocks")
+        self._layers = next((found for name in names if (found := getattr(self._body, name, None)) is not None), ())
+        self.depth = len(self._layers)
         for index, path in enumerate(shapes):
             linears[path].register_forward_hook(self._hook(index))
 
@@ -80,6 +85,30 @@ class GenericDecoder:
             return self._pass(ids, step)
         finally:
             self._adding = None
+
+    @torch.inference_mode()
+    def embedded(self, ids: Tensor) -> Tensor:
+        """Input embeddings ``[b, L, n]`` of ids ``[b, L]``."""
+        found: Tensor = self._body.get_input_embeddings()(ids.to(self.device))
+        return found
+
+    @torch.inference_mode()
+    def early_states(self, ids: Tensor, step: Reading, bank: RowBank, layers: int) -> Tensor:
+        """The base's own states; as :class:`~lorchestra.serve.embedded.scheduler.Decoder`."""
+        if layers == self.depth:
+            return self._pass(ids, step)
+
+        def leave(_: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+            raise _Reached(arguments[0] if arguments else named["hidden_states"])
+
+        hook = self._layers[layers].register_forward_pre_hook(leave, with_kwargs=True)
+        try:
+            self._pass(ids, step)
+        except _Reached as reached:
+            return reached.states
+        finally:
+            hook.remove()
+        raise UserError(f"this model does not pass through its layers one by one; {ZERO}")
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -107,6 +136,14 @@ class GenericDecoder:
             return output
 
         return add
+
+
+class _Reached(Exception):  # noqa: N818  # no error: how a pass is left
+    """The states that were wanted are there; the layers after them need not be computed."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
 
 
 class _Seen:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from lorchestra.bank.kernel import Kernel
 from lorchestra.bank.rows import RowBank, RowFactors
 from lorchestra.base.allocator import large_blocks_go_back
 from lorchestra.base.load import Base, load_base
-from lorchestra.errors import UserError
+from lorchestra.errors import LorchestraError, UserError
 from lorchestra.events import SILENT, Reporter
 from lorchestra.serve.embedded.attention import Attention
 from lorchestra.serve.embedded.core import (
@@ -32,6 +33,7 @@ from lorchestra.serve.embedded.core import (
     Loaded,
     Resident,
     Result,
+    Seen,
     Setup,
     Taken,
     Waited,
@@ -39,7 +41,8 @@ from lorchestra.serve.embedded.core import (
 from lorchestra.serve.embedded.generation import Generation, Produced
 from lorchestra.serve.embedded.models import decoder_for, free_memory, longest
 from lorchestra.serve.embedded.residents import Residents, read_verified
-from lorchestra.serve.embedded.scheduler import Running, Scheduler
+from lorchestra.serve.embedded.scheduler import ALONE, Running, Scheduler
+from lorchestra.serve.embedded.seeing import Sight
 from lorchestra.serve.embedded.slots import Slots
 from lorchestra.serve.engine import Served, StoppingError
 from lorchestra.serve.fair import FairQueue
@@ -86,6 +89,8 @@ class LocalCore:
         )
         self._sequences: dict[int, _Numbered] = {}  # that did not end
         self._left: set[Running] = set()  # that nobody waits for
+        self._sight = Sight(decoder, self._bank)
+        self._looks: deque[tuple[int, tuple[int, ...], int, bool]] = deque()  # prompts that a gate asks about
         self._ending = False
         self._happened: list[Event] = []  # in this step
         self._telling = threading.Lock()
@@ -113,6 +118,12 @@ class LocalCore:
             with self._condition:
                 self._left.add(one)
                 self._condition.notify()
+
+    def see(self, number: int, prompt: tuple[int, ...], layers: int, last: bool) -> None:
+        """What a gate sees of it."""
+        with self._condition:
+            self._looks.append((number, prompt, layers, last))
+            self._condition.notify()
 
     def load(self, number: int, adapter: Served) -> None:
         """Make it resident."""
@@ -195,7 +206,7 @@ class LocalCore:
         failures = 0
         while True:
             with self._condition:
-                while not (self._ending or self._left or self._scheduler.busy):
+                while not (self._ending or self._left or self._looks or self._scheduler.busy):
                     self._condition.wait()
                 left, self._left = self._left, set()
                 ending = self._ending
@@ -204,6 +215,7 @@ class LocalCore:
             if ending:
                 self._abandon()
                 return "the server stopped before the answer was complete"
+            self._look()
             try:
                 self._scheduler.step()
                 failures = 0
@@ -217,6 +229,22 @@ class LocalCore:
                 for one in self._scheduler.running:
                     self._scheduler.fail(one, StoppingError(said))
             self._flush()
+
+    def _look(self) -> None:
+        """See prompts for gates: no more at a time than a step reads of prompts, so that others go on."""
+        tokens = 0
+        while self._looks and tokens < ALONE:
+            number, prompt, layers, last = self._looks.popleft()
+            tokens += len(prompt)
+            try:
+                features = self._sight.of(prompt, layers, last)
+                self._happened.append(Seen(number, tuple(features.tolist())))
+            except LorchestraError as error:
+                self._happened.append(Failure(number, error))
+            except Exception as error:  # out of memory, or a fault of ours: who asked is told, others go on
+                log.exception("the features of a prompt failed")
+                said = f"the engine failed ({type(error).__name__}); try again"
+                self._happened.append(Failure(number, StoppingError(said)))
 
     def _flush(self) -> None:
         """Tell what the last step did, all at once."""

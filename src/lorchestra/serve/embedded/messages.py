@@ -44,6 +44,16 @@ class Leave:
 
 
 @dataclass(frozen=True)
+class See:
+    """Say what a gate sees of a prompt."""
+
+    number: int
+    prompt: tuple[int, ...]
+    layers: int
+    last: bool
+
+
+@dataclass(frozen=True)
 class Load:
     """Make an adapter resident."""
 
@@ -64,7 +74,7 @@ class Stop:
     """Let go of everything."""
 
 
-Order = Push | Leave | Load | Drop | Stop
+Order = Push | Leave | See | Load | Drop | Stop
 
 
 @dataclass(frozen=True)
@@ -130,8 +140,9 @@ class _Failed:
 _KINDS: Mapping[str, type] = {
     kind.__name__: kind
     for kind in (
-        core.Setup, Push, Leave, Load, Drop, Stop, Ready, Opened, Advanced, Closed, Said, Noted, _Failed, core.Result,
-        core.Taken, core.Done, core.Waited, core.Loaded, core.Evicted, core.Resident, core.Ended,
+        core.Setup, Push, Leave, See, Load, Drop, Stop, Ready, Opened, Advanced, Closed, Said, Noted, _Failed,
+        core.Result, core.Seen, core.Taken, core.Done, core.Waited, core.Loaded, core.Evicted, core.Resident,
+        core.Ended,
     )
 }  # fmt: skip
 

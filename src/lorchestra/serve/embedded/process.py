@@ -27,6 +27,7 @@ from lorchestra.serve.embedded.messages import (
     Order,
     Push,
     Ready,
+    See,
     Stop,
     packed,
     receive,
@@ -132,6 +133,10 @@ class ProcessCore:
     def leave(self, number: int) -> None:
         """Nobody waits for it any more."""
         self._order(Leave(number))
+
+    def see(self, number: int, prompt: tuple[int, ...], layers: int, last: bool) -> None:
+        """What a gate sees of it."""
+        self._order(See(number, prompt, layers, last))
 
     def load(self, number: int, adapter: Served) -> None:
         """Make it resident."""

@@ -165,5 +165,10 @@ def _turn(message: ChatMessage, place: str) -> dict[str, str]:
                     f"{place}.content.{i}: a part of type {part.type!r}; this engine reads text alone",
                     f"{place}.content.{i}",
                 )
-        content = "\n".join(part.text or "" for part in content)
-    return {"role": role, "content": content}
+    return {"role": role, "content": text_of(message)}
+
+
+def text_of(message: ChatMessage) -> str:
+    """What a turn says; parts that are no text say nothing."""
+    content = message.content or ""
+    return content if isinstance(content, str) else "\n".join(part.text or "" for part in content)

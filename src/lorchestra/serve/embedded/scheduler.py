@@ -35,6 +35,7 @@ class Decoder(Protocol):
     Attributes:
         groups: modules that adapters may change.
         shape: of its cache.
+        depth: layers that the model has.
         tokens: V, of its output.
         dtype: of its weights and cache.
         device: it is on.
@@ -42,12 +43,23 @@ class Decoder(Protocol):
 
     groups: tuple[Group, ...]
     shape: CacheShape
+    depth: int
     tokens: int
     dtype: torch.dtype
     device: torch.device
 
     def hidden_states(self, ids: Tensor, step: Reading | Decoding, bank: RowBank, acting: Acting) -> Tensor:
         """``[b, L, n]`` from ids ``[b, L]``."""
+        ...
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """Input embeddings ``[b, L, n]`` of ids ``[b, L]``."""
+        ...
+
+    def early_states(self, ids: Tensor, step: Reading, bank: RowBank, layers: int) -> Tensor:
+        """The base's own states ``[b, L, n]`` after the first ``layers``, at least one; after all of them normalised,
+        as the head sees them. No adapter acts, and no layer after them is computed.
+        """
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from lorchestra.errors import LorchestraError, StorageError, counted
 from lorchestra.events import SILENT
 from lorchestra.pipeline.costs import Costs, Outlook, outlook_of
 from lorchestra.pipeline.estimate import Machine
-from lorchestra.pipeline.plan import Plan, PlannedStep, Planner
+from lorchestra.pipeline.plan import Planner
+from lorchestra.pipeline.planned import Plan, PlannedStep
 from lorchestra.pipeline.prepare import prepare_beside
 from lorchestra.pipeline.publishing import check_publish
 from lorchestra.pipeline.training import context_of, stage_digest, stage_inputs
