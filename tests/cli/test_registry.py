@@ -200,6 +200,11 @@ def test_a_list_is_a_page_and_json_is_everything(registry, lorchestra, make_adap
     assert rows("--limit", 0) == ([f"a@v{k}" for k in (5, 4, 3, 2, 1)], "")
     assert rows("--limit", 5)[1] == "", "all of them are shown"
     assert "none after the first 9" in lorchestra("registry", "list", "--offset", 9).out
+    laid_out = lorchestra("registry", "list", "--limit", 0, "--metric", "loss").out
+    monkeypatch.setattr(registry_view, "MANY", 1)
+    assert [
+        line.split() for line in lorchestra("registry", "list", "--limit", 0, "--metric", "loss").out.splitlines()
+    ] == [line.split() for line in laid_out.splitlines()], "a long table says the same"
     told = json.loads(lorchestra("registry", "list", "--json").out)
     assert [one["reference"] for one in told] == [f"a@v{k}" for k in (5, 4, 3, 2, 1)]
     manifest = registry.resolve("a@v5").manifest

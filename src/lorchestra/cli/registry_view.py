@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lorchestra.registry.sql.catalog import Measured, Summary, Version
 
 PAGE = 50  # rows of a table, unless asked otherwise
+MANY = 500  # rows that are laid out to the terminal's width
 Name = Annotated[str, typer.Argument(metavar="[NAME]", help="Of one adapter alone.", autocompletion=names)]
 
 
@@ -86,14 +87,9 @@ def _line(line: Summary, metrics: Mapping[str, Measured]) -> dict[str, Any]:
 
 
 def _table(lines: Sequence[Summary], column: str, values: Mapping[int, Measured]) -> None:
-    from rich.table import Table
-
-    from lorchestra.cli.terminal import console
-
     columns = ["version", "aliases", "state", "base", "rank", *([column] if column else []), "tags", "pushed", "by"]
-    table = Table(*columns, box=None)
-    for line in lines:
-        table.add_row(
+    rows = [
+        (
             line.reference,
             ", ".join(line.aliases) or "–",
             line.state,
@@ -104,7 +100,30 @@ def _table(lines: Sequence[Summary], column: str, values: Mapping[int, Measured]
             when(line.created),
             line.created_by,
         )
+        for line in lines
+    ]
+    if len(rows) > MANY:
+        _long_table(columns, rows)
+        return
+    from rich.table import Table
+
+    from lorchestra.cli.terminal import console
+
+    table = Table(*columns, box=None)
+    for row in rows:
+        table.add_row(*row)
     console(markup=False).print(table)
+
+
+def _long_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned, and no cell broken to the width of the terminal: rich takes a second for a thousand rows."""
+    from rich.cells import cell_len
+
+    whole = [tuple(columns), *rows]
+    widths = [max(map(cell_len, cells)) for cells in zip(*whole, strict=True)]
+    for row in whole:
+        cells = (cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
+        typer.echo((" " + "  ".join(cells)).rstrip())
 
 
 def show(ref: Ref, registry: Where = "", as_json: Json = False) -> None:

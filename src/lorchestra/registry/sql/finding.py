@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Select, exists, func, select
@@ -130,7 +130,8 @@ def summaries(connection: Connection, wanted: Filter, limit: int = 0, offset: in
     for id, word in connection.execute(pointing.order_by(aliases.c.alias)):
         words[id] = (*words.get(id, ()), word)
     read = cache(_tags)  # few are different
-    return [Summary._make((*row[:-1], words.get(row[0], ()), read(row[-1]))) for row in rows]
+    made = partial(tuple.__new__, Summary)  # as Summary._make, in half of its time
+    return [made((*row[:-1], words.get(row[0], ()), read(row[-1]))) for row in rows]
 
 
 def count(connection: Connection, wanted: Filter) -> int:
