@@ -214,3 +214,12 @@ def test_a_gate_above_has_the_last_word_where_auto_finds_a_member_of_it(tiny_dir
         ].keys() <= {"a", "b"}
     with pytest.raises(UserError, match="auto_gate is 'other'"):
         Choosing(world.router, world.engine, {}, None, "other")
+
+
+def test_a_key_that_was_changed_has_what_it_may_use_now(world):
+    before = Key(name="acme", sha256=hashed("acme"), adapters=["a", "c"])
+    after = Key(name="acme", sha256=hashed("acme"), adapters=["b"])
+    assert set(world.router.present(before)) == {"a", "c"}
+    assert world.router.present(before) is world.router.present(before)
+    assert set(world.router.present(after)) == {"b"}
+    assert set(world.router.present(before)) == {"a", "c"}

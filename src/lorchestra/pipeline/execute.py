@@ -153,7 +153,8 @@ class _Run:
         for line in chosen.warnings:
             self.reporter.say(f"warning: {line}")
         refitted = self._refit(prepared, chosen, adapters, trained) if self.recipe.fusion.refit else {}
-        stages = {name: found.step.directory / "adapter" for name, found in trained.items() if chosen.weights.get(name)}
+        acting = (name for name in trained if chosen.weights.get(name, 0.0) > 0)
+        stages = {name: trained[name].step.directory / "adapter" for name in acting}
         fused, fuse = fuse_step(prepared, {**members, **refitted}, chosen, self.cache, self.reporter, stages)
         self._note("fuse", "fuse", fuse)
         merge = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from lorchestra.registry.reference import (
 from lorchestra.serve.adapter_files import served
 from lorchestra.serve.engine import RequestError, Served, Target
 from lorchestra.serve.ports import Card, UnknownModelError
-from lorchestra.serve.versions import Found, Pointer, Versions
+from lorchestra.serve.versions import Found, Pointer, Versions, View
 
 MOST_MEMBERS = 8
 
@@ -63,6 +64,8 @@ class Router:
         self._roots = tuple(root.resolve() for root in roots)
         self.created = int(time.time())
         self._adapters: dict[str, tuple[Served, int]] = {}
+        self._changes = 0  # of them
+        self._present: dict[str, _Present] = {}  # by the key's name
         self._aliases: dict[Reference, Mixture | None] = {}  # None: the base
         for text, meaning in (aliases or {}).items():
             self._alias(text, meaning)
@@ -117,7 +120,19 @@ class Router:
         return one is not None
 
     def present(self, key: Key) -> Mapping[str, Served]:
-        """The adapters that ``key`` may use by their names alone and that are on this machine, with their names."""
+        """The adapters that ``key`` may use by their names alone and that are on this machine, with their names.
+
+        What was found is kept until something changes: with a thousand names it is asked for at each request.
+        """
+        view = self.versions.view if self.versions else None
+        # Nothing is taken out of `here`, and what its versions lead to is in the view.
+        counts = (len(self.versions.here) if self.versions else 0, self._changes)
+        kept = self._present.get(key.name)
+        if kept is None or kept.key is not key or kept.view is not view or kept.counts != counts:
+            kept = self._present[key.name] = _Present(key, view, counts, self._now_present(key))
+        return kept.found
+
+    def _now_present(self, key: Key) -> Mapping[str, Served]:
         found = {name: adapter for name, (adapter, _) in self._adapters.items() if key.may_use(name)}
         for name in self._of_registry():
             one = self._find(Reference(name)) if key.may_use(name) else None
@@ -165,6 +180,7 @@ class Router:
         there = self._adapters.get(adapter.name)
         if there is None:
             self._adapters[adapter.name] = adapter, int(time.time())
+            self._changes += 1
         elif there[0].digest != adapter.digest:
             raise UserError(
                 f"an adapter {adapter.name!r} with other weights is served already; unload it first, or choose another"
@@ -210,6 +226,7 @@ class Router:
         may = key.may_use(name)
         if name not in self._adapters or not may:
             raise unknown(name)
+        self._changes += 1
         return self._adapters.pop(name)[0]
 
     def read(self, name: str, path: str) -> Served:
@@ -342,6 +359,16 @@ class Router:
                 f"alias {text}: {counted(len(mixture.members), 'member')}, at most {self.most_members} may be"
             )
         self._aliases[alias] = mixture
+
+
+@dataclass(frozen=True)
+class _Present:
+    """What a key may use, as of one moment."""
+
+    key: Key
+    view: View | None
+    counts: tuple[int, int]
+    found: Mapping[str, Served]
 
 
 def unknown(model: str) -> UnknownModelError:
