@@ -22,7 +22,13 @@ ANSWER = {"role": "assistant", "content": "<think>hm</think> yes\n\n  no "}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": [1, None]}}}]}
 TOKENS: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>"}
 TOOLS = [{"function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "string"}}}}}]
-CONVERSATIONS = ([USER], [SYSTEM, USER], [USER, ANSWER, USER], [SYSTEM, USER, CALL, ANSWER], [ANSWER, ANSWER])
+CONVERSATIONS: tuple[list[dict[str, Any]], ...] = (
+    [USER],
+    [SYSTEM, USER],
+    [USER, ANSWER, USER],
+    [SYSTEM, USER, CALL, ANSWER],
+    [ANSWER, ANSWER],
+)
 
 TEMPLATES = {
     "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m.content + '<|im_end|>' + '\n' }}"

@@ -118,9 +118,13 @@ class PlainGateway:
         self.engine = engine
         self.adapters = {adapter.name: adapter for adapter in adapters}
         self.loads: list[tuple[str, str]] = []
+        self.changes: list[tuple[str, str | None, int, str]] = []
         self.failure: Exception | None = None
 
     registry_stale = None
+
+    def told(self, kind, request_id, tenant, status, **more):
+        self.changes.append((kind, tenant, status, more["model"]))
 
     @property
     def ready(self):

@@ -254,6 +254,7 @@ def test_adapters_come_and_go_where_it_is_allowed(app, gateway):
     outside = refusal(asked(app, "POST", "/v1/load_lora_adapter", json=load | {"lora_path": "../new"}), 400)
     assert outside["param"] == "lora_path"
     assert asked(app, "POST", "/v1/unload_lora_adapter", json={"lora_name": "clinic"}).status_code == 200
+    assert [status for _, _, status, _ in gateway.changes] == [200, 403, 400, 200]
     refusal(asked(app, "POST", "/v1/unload_lora_adapter", json={"lora_name": "clinic"}), 404)
 
 

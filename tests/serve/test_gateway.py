@@ -416,6 +416,11 @@ def test_metrics_and_loads_are_refused_to_users(web, world):
     assert asked(web, "ops", "new").status_code == 200
     assert web.post("/v1/unload_lora_adapter", json={"lora_name": "new"}, headers=ops).status_code == 200
     assert web.post("/v1/unload_lora_adapter", json={"lora_name": "new"}, headers=ops).status_code == 404
+    changes = [line for line in world.lines if line["kind"] in ("load", "unload")]
+    assert [(line["kind"], line["tenant"], line["model"], line["status"]) for line in changes] == [
+        ("load", "acme", "new", 403), ("load", "ops", "new", 200), ("load", "ops", "new", 400),
+        ("unload", "ops", "new", 200), ("unload", "ops", "new", 404),
+    ]  # fmt: skip
     page = web.get("/metrics", headers=ops)
     assert page.status_code == 200
     assert "lorchestra_requests_total" in page.text

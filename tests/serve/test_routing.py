@@ -246,5 +246,5 @@ def test_under_a_root_what_is_no_adapter_is_told_of(place):
     with pytest.raises(RequestError, match="no name") as bad:
         router.read("../x", "good")
     assert bad.value.param == "lora_name"
-    with pytest.raises(RequestError, match="not under"):
+    with pytest.raises(RequestError, match="no directory under those"):
         Router("base").read("x", str(place / "root" / "good"))

@@ -13,6 +13,7 @@ from tests.serve.vllm_world import mixture, one, peft_adapter, served
 
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.lineage import BaseId
+from lorchestra.errors import AdapterError
 from lorchestra.serve.engine import Target
 from lorchestra.serve.vllm_adapters import Workshop, target_key
 
@@ -84,3 +85,11 @@ def test_two_names_of_the_same_weights_have_directories_of_their_own(made):
     workshop, (a, _), _ = made
     again = served("again", a.directory)
     assert make(workshop, one(a)).directory != make(workshop, one(again)).directory
+
+
+def test_a_rank_over_the_slots_is_refused_without_a_place_on_this_server(made, tmp_path):
+    workshop, (a, _), _ = made
+    workshop.max_rank = 5
+    with pytest.raises(AdapterError, match="rank 6, vLLM's slots hold 5") as refused:
+        make(workshop, one(a))
+    assert str(tmp_path) not in str(refused.value)

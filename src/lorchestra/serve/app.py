@@ -7,8 +7,8 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -226,15 +226,33 @@ def _runtime_adapters(app: FastAPI, gateway: Gateway, settings: HttpSettings) ->
     async def load(request: Request) -> Response:
         caller = _caller(request, gateway)
         body = await _body(request, LoadRequest, settings)
-        await gateway.load(caller, body.lora_name, body.lora_path)
+        with _logged(request, gateway, caller, "load", body.lora_name):
+            await gateway.load(caller, body.lora_name, body.lora_path)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @app.post("/v1/unload_lora_adapter", **_documented(UnloadRequest, "Serve an adapter no longer."))
     async def unload(request: Request) -> Response:
         caller = _caller(request, gateway)
         body = await _body(request, UnloadRequest, settings)
-        await gateway.unload(caller, body.lora_name)
+        with _logged(request, gateway, caller, "unload", body.lora_name):
+            await gateway.unload(caller, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+@contextmanager
+def _logged(request: Request, gateway: Gateway, caller: Caller, kind: str, name: str) -> Iterator[None]:
+    """Who changed what is served, or was not let, is in the request log."""
+    began, status = time.monotonic(), 499  # the client left
+    try:
+        yield
+        status = 200
+    except Exception as error:
+        said = told(error)
+        status = said.status if said else 500
+        raise
+    finally:
+        seconds = time.monotonic() - began
+        gateway.told(kind, request.state.request_id, caller.tenant, status, model=name, seconds=seconds)
 
 
 def _registry(app: FastAPI, gateway: Gateway, settings: HttpSettings) -> None:

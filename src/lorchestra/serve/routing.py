@@ -241,7 +241,8 @@ class Router:
         except UserError as error:
             raise RequestError(str(error), "lora_name") from None
         outside = RequestError(
-            f"lora_path {path!r} is not under the directories that adapters may be loaded from", "lora_path"
+            f"lora_path {path!r} is no directory under those that adapters may be loaded from (--lora-root)",
+            "lora_path",
         )
         try:
             given = Path(path)
