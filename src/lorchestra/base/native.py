@@ -31,16 +31,21 @@ def library(source: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(_built(source)))
 
 
+def compiler() -> str | None:
+    """The C++ compiler of this machine, if there is one: what ``CXX`` names, c++, g++ or clang++."""
+    named = os.environ.get("CXX") or "c++"
+    return shutil.which(named) or shutil.which("g++") or shutil.which("clang++")
+
+
 def _built(source: Path) -> Path:
     """The shared library, compiled once for this source, compiler and processor."""
-    named = os.environ.get("CXX") or "c++"
-    compiler = shutil.which(named) or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    found = compiler()
+    if found is None:
         raise UserError(
             "the compiled kernel needs a C++ compiler, and there is none (c++, g++, clang++, or what CXX names); "
             "install one, or serve without --kernel"
         )
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
     texts = [path.read_text(encoding="utf-8") for path in (source, LANES)]
     what = "\0".join((*texts, *FLAGS, version, platform.machine(), _processor()))
     path = home() / "kernels" / f"{source.stem}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
@@ -50,14 +55,14 @@ def _built(source: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         made = Path(directory) / path.name
         done = subprocess.run(
-            [compiler, *FLAGS, f"-I{LANES.parent}", str(source), "-o", str(made)],
+            [found, *FLAGS, f"-I{LANES.parent}", str(source), "-o", str(made)],
             capture_output=True,
             text=True,
             check=False,
         )
         if done.returncode:
             said = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-            raise UserError(f"{compiler} could not compile the kernel ({said[0]}); serve without --kernel")
+            raise UserError(f"{found} could not compile the kernel ({said[0]}); serve without --kernel")
         made.replace(path)
     return path
 
