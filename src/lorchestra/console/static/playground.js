@@ -136,6 +136,6 @@ function choiceOf({ gate, coefficients, nearest = [] }) {
     h("p.soft", null, found.length ? t("gate_chose", { gate }) : t("gate_chose_none", { gate })),
     found.map(([name, value]) => h("div.coefficient", null, h("span", null, name), h("meter", { min: 0, max: 1, value: Math.min(Math.abs(value), 1), "aria-label": t("weight", { name }) }), h("span.number", null, f.number(value, 3)))),
     nearest.length ? h("p.soft", null, t("nearest_prompts")) : null,
-    nearest.length ? h("ul.soft", null, nearest.map((one) => h("li", null, `${f.number(one.similarity, 2)} ${one.domain ?? ""} ${one.text ?? one.digest.slice(0, 19)}`))) : null,
+    nearest.length ? h("ul.soft", null, nearest.map((one) => h("li", null, [f.number(one.similarity, 2), one.domain, one.text ?? one.digest.slice(0, 19)].filter(Boolean).join(" · ")))) : null,
   ].flat().filter(Boolean);
 }
