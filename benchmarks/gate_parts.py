@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tiny import tiny_base
+
 PARTS = ("train", "validation", "test")
 
 
@@ -204,25 +206,12 @@ WORDS = 40  # of a domain's own vocabulary, in the tiny case
 def tiny(scratch: Path) -> Case:
     """A random Llama of three layers, random adapters, and domains with words of their own."""
     import torch
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from lorchestra import Adapter, LowRank
     from lorchestra.base.load import load_base
     from lorchestra.data.render import Branch, Rendered
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.15, pad_token_id=3,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(scratch / "base")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.BPE(vocab={f"t{i}": i for i in range(260)}, merges=[])), pad_token="t3"
-    )
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    tokenizer.save_pretrained(scratch / "base")
+    model = tiny_base(scratch / "base", 3)
     base = load_base(scratch / "base", device="cpu", dtype="float32")
     linears = {p: m for p, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in p}
     draw = random.Random(0)

@@ -33,6 +33,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tiny import tiny_base
+
 RESULTS = Path(__file__).parent / "results" / "search.json"
 STRATEGIES = ("gradient", "surrogate", "tpe", "grid")
 SLACK = 1.001  # of the grid's best loss
@@ -273,26 +275,13 @@ def real(asked: argparse.Namespace) -> Case:
 def tiny(scratch: Path) -> Case:
     """A random Llama of two layers, random adapters, random items."""
     import torch
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from lorchestra import Adapter, LowRank
     from lorchestra.base.load import load_base
     from lorchestra.data.render import Branch, Rendered
     from lorchestra.evaluate.score import Domain
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.15, pad_token_id=3,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(scratch / "base")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.BPE(vocab={f"t{i}": i for i in range(260)}, merges=[])), pad_token="t3"
-    )
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    tokenizer.save_pretrained(scratch / "base")
+    model = tiny_base(scratch / "base", 2)
     linears = {p: m for p, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in p}
     adapters = {}
     for name in ("one", "two", "three"):
