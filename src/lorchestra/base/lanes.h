@@ -31,6 +31,8 @@ inline void narrow(float value, bf16* out) {
 }
 
 // Lanes that are computed at once; compilers split them where the processor has fewer.
+constexpr int64_t LANES = 16;
+typedef float floats4 __attribute__((vector_size(16)));
 typedef float floats8 __attribute__((vector_size(32)));
 typedef uint32_t words8 __attribute__((vector_size(32)));
 typedef uint16_t halves8 __attribute__((vector_size(16)));
@@ -66,6 +68,36 @@ inline void store(floats16 value, bf16* out) {
   const words16 kept = (bits & 0x7fffffffu) > 0x7f800000u ? words16{} + 0x7fc0u : rounded;
   const halves16 narrowed = __builtin_convertvector(kept, halves16);
   std::memcpy(out, &narrowed, sizeof narrowed);
+}
+
+inline float total(floats16 value) {
+  floats8 halves[2];
+  std::memcpy(halves, &value, sizeof value);
+  const floats8 eight = halves[0] + halves[1];
+  floats4 quarters[2];
+  std::memcpy(quarters, &eight, sizeof eight);
+  const floats4 four = quarters[0] + quarters[1];
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// e^x for x <= 0 (Cody & Waite 1980: a power of two times a polynomial on [-ln 2 / 2, ln 2 / 2]), 2 units in the last place.
+inline floats16 exponential(floats16 x) {
+  typedef int32_t integers16 __attribute__((vector_size(64)));
+  x = x < -87.0f ? floats16{} - 87.0f : x;
+  const floats16 shift = floats16{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  const floats16 n = (x * 1.44269504f + shift) - shift;
+  const floats16 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  floats16 p = floats16{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const integers16 bits = (__builtin_convertvector(n, integers16) + 127) << 23;
+  floats16 scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return p * scale;
 }
 
 }  // namespace

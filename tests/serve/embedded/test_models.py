@@ -13,9 +13,12 @@ from tests.serve.embedded.worlds import merged
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.lineage import BaseId
 from lorchestra.adapter.lowrank import LowRank
+from lorchestra.bank.kernel import Kernel
 from lorchestra.bank.rows import RowBank
 from lorchestra.base.load import Base
+from lorchestra.base.native import compiler
 from lorchestra.errors import AdapterError, UserError
+from lorchestra.serve.embedded.attention import Attention
 from lorchestra.serve.embedded.decoder import LlamaDecoder
 from lorchestra.serve.embedded.generic import GenericDecoder
 from lorchestra.serve.embedded.models import decoder_for
@@ -84,14 +87,18 @@ def transposed(model, adapter: Adapter, c: float):
     return model
 
 
-@pytest.mark.parametrize("name", [*PLAIN, *GENERIC])
-def test_each_row_answers_as_its_merged_model(name):
+@pytest.mark.parametrize(
+    ("name", "kernel"), [*((name, False) for name in (*PLAIN, *GENERIC)), *((name, True) for name in PLAIN)]
+)
+def test_each_row_answers_as_its_merged_model(name, kernel):
+    if kernel and compiler() is None:
+        pytest.skip("no C++ compiler is here")
     base = tiny(name, {**PLAIN, **GENERIC}[name])
     model = copy.deepcopy(base.model)
-    decoder = decoder_for(base, 64)
+    decoder = decoder_for(base, 64, kernel)
     assert isinstance(decoder, LlamaDecoder if name in PLAIN else GenericDecoder)
-    bank = RowBank(decoder.groups)
-    slots = Slots(decoder.shape, 1 << 30, 64, torch.float32, "cpu")
+    bank = RowBank(decoder.groups, kernel=Kernel() if kernel else None)
+    slots = Slots(decoder.shape, 1 << 30, 64, torch.float32, "cpu", Attention() if kernel else None)
     adapters = [adapter_on(decoder, model, seed, rank) for seed, rank in ((0, 3), (1, 12))]
     rows = [bank.mixed("base", []), *(bank.factors("a", adapter) for adapter in adapters)]
     merge = transposed if name == "GPT2" else lambda model, adapter, c: merged(model, (adapter, c))
@@ -131,9 +138,9 @@ def test_other_formulas_are_found_before_anything_is_served(monkeypatch):
     base = tiny("Qwen3", {"head_dim": 16})
     whole = LlamaDecoder.__init__
 
-    def forgetful(self, model, max_length):
-        whole(self, model, max_length)
-        self.eps = 0.3
+    def forgetful(self, model, max_length, kernel):
+        whole(self, model, max_length, kernel)
+        self.norm = 2 * self.norm[torch.randperm(len(self.norm))]
 
     monkeypatch.setattr(LlamaDecoder, "__init__", forgetful)
     with pytest.raises(UserError, match="other logits"):

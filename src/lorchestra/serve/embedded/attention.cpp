@@ -12,40 +12,6 @@
 
 namespace {
 
-constexpr int64_t LANES = 16;
-
-typedef float floats4 __attribute__((vector_size(16)));
-
-inline float total(floats16 value) {
-  floats8 halves[2];
-  std::memcpy(halves, &value, sizeof value);
-  const floats8 eight = halves[0] + halves[1];
-  floats4 quarters[2];
-  std::memcpy(quarters, &eight, sizeof eight);
-  const floats4 four = quarters[0] + quarters[1];
-  return (four[0] + four[2]) + (four[1] + four[3]);
-}
-
-// e^x for x <= 0 (Cody & Waite 1980: a power of two times a polynomial on [-ln 2 / 2, ln 2 / 2]), 2 units in the last place.
-inline floats16 exponential(floats16 x) {
-  typedef int32_t integers16 __attribute__((vector_size(64)));
-  x = x < -87.0f ? floats16{} - 87.0f : x;
-  const floats16 shift = floats16{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-  const floats16 n = (x * 1.44269504f + shift) - shift;
-  const floats16 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  floats16 p = floats16{} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const integers16 bits = (__builtin_convertvector(n, integers16) + 127) << 23;
-  floats16 scale;
-  std::memcpy(&scale, &bits, sizeof scale);
-  return p * scale;
-}
-
 constexpr int64_t AHEAD = 8;  // positions: a slot is read with gaps, which processors do not foresee
 
 // Scores of G queries, V lanes wide each, with the keys of `count` positions that lie `step` apart.

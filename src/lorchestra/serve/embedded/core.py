@@ -23,8 +23,9 @@ class Limits:
         adapter_memory: bytes for adapters that no sequence uses just now.
         cache_memory: bytes of key-value cache.
         max_rank: of a mixture.
-        kernel: compile :class:`~lorchestra.bank.kernel.Kernel` and
-            :class:`~lorchestra.serve.embedded.attention.Attention` and use them: factors are then held in the model's
+        kernel: compile :class:`~lorchestra.bank.kernel.Kernel`,
+            :class:`~lorchestra.serve.embedded.attention.Attention` and
+            :class:`~lorchestra.serve.embedded.pieces.Compiled` and use them: factors are then held in the model's
             dtype.
     """
 

@@ -72,7 +72,7 @@ class LocalCore:
         self.max_length = longest(base.model, limits.max_length)
         self.rows = int(base.model.get_output_embeddings().weight.shape[0])
         self.end_ids = _end_ids(base)
-        decoder = decoder_for(base, self.max_length)
+        decoder = decoder_for(base, self.max_length, limits.kernel)
         free = free_memory(decoder.device)
         compiled = Kernel() if limits.kernel else None
         dtype = decoder.dtype if limits.kernel else torch.float32

@@ -42,18 +42,23 @@ def free_memory(device: torch.device) -> int:
 
 
 @torch.inference_mode()
-def decoder_for(base: Base, max_length: int) -> Decoder:
+def decoder_for(base: Base, max_length: int, kernel: bool = False) -> Decoder:
     """The forward pass for ``base``; its logits are compared with the model's own before it is used.
 
+    Args:
+        base: the model.
+        max_length: positions of a sequence.
+        kernel: compile what can be compiled of it.
+
     Raises:
-        UserError: it computes something else, or the model's attention cannot be kept in slots.
+        UserError: there is no compiler, it computes something else, or the model's attention cannot be kept in slots.
     """
     model = base.model
     noise = torch.Generator().manual_seed(0)
     rows = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(0, rows, (2, PROMPT + NEW), generator=noise)
     expected = model(ids.to(base.device), use_cache=False).logits.float()
-    decoder: Decoder = LlamaDecoder(model, max_length) if _plain(base, max_length) else GenericDecoder(model)
+    decoder: Decoder = LlamaDecoder(model, max_length, kernel) if _plain(base, max_length) else GenericDecoder(model)
     error = float((_logits(decoder, ids) - expected).norm() / expected.norm())
     if not error <= TOLERANCE.get(decoder.dtype, 1e-1):
         raise UserError(

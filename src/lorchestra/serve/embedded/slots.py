@@ -91,6 +91,23 @@ class _Store:
             self.rows[place], self.used[place] = last, used
 
 
+@dataclass(frozen=True, eq=False)
+class Room:
+    """Where a layer's keys and values go, of ``count`` rows of a batch from ``first``.
+
+    Args:
+        first: row.
+        count: of rows.
+        held: ``[positions, 2, h, d]``.
+        places: of each row's positions in it, int64; ``None``: one after the other.
+    """
+
+    first: int
+    count: int
+    held: Tensor
+    places: Tensor | None
+
+
 class Reading:
     """Prompts that are read: new positions of a few sequences, each with memory of its own.
 
@@ -119,7 +136,7 @@ class Reading:
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, window: int | None = None
     ) -> Tensor:
-        """Attend to all up to each position.
+        """Keep keys and values, and attend to all up to each position.
 
         Args:
             layer: of the model.
@@ -132,8 +149,22 @@ class Reading:
         Returns:
             ``[b, L, h, g, d]``; of a row's positions beyond its count nothing is meant.
         """
+        self.put(layer, k, v)
+        return self.seen(layer, q, scale, window)
+
+    def put(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Keep keys and values, ``[b, L, h, d]`` each."""
         new = self._new[layer]
         new[:, :, 0], new[:, :, 1] = k, v
+
+    def rooms(self, layer: int) -> list[Room]:
+        """Where :meth:`put` puts them."""
+        new = self._new[layer]
+        return [Room(0, len(new), new.flatten(0, 1), None)]
+
+    def seen(self, layer: int, q: Tensor, scale: float | None = None, window: int | None = None) -> Tensor:
+        """As :meth:`attend`, once keys and values are kept."""
+        new = self._new[layer]
         if not any(self._starts):
             return self._product(q, new, 0, scale, window)
         rows = []
@@ -205,12 +236,26 @@ class Decoding:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, window: int | None = None
     ) -> Tensor:
         """As :meth:`Reading.attend`, with L = 1."""
+        self.put(layer, k, v)
+        return self.seen(layer, q, scale, window)
+
+    def put(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """As :meth:`Reading.put`."""
+        for room in self.rooms(layer):
+            rows = slice(room.first, room.first + room.count)
+            assert room.places is not None
+            room.held.index_copy_(0, room.places, torch.stack((k[rows, 0], v[rows, 0]), dim=1))
+
+    def rooms(self, layer: int) -> list[Room]:
+        """As :meth:`Reading.rooms`."""
+        return [Room(part.first, part.count, part.store.data[layer].flatten(0, 1), part.places) for part in self._parts]
+
+    def seen(self, layer: int, q: Tensor, scale: float | None = None, window: int | None = None) -> Tensor:
+        """As :meth:`Reading.seen`."""
         found = []
         for part in self._parts:
-            rows = slice(part.first, part.first + part.count)
             held = part.store.data[layer]
-            held.flatten(0, 1).index_copy_(0, part.places, torch.stack((k[rows, 0], v[rows, 0]), dim=1))
-            asking = q[rows, 0]
+            asking = q[part.first : part.first + part.count, 0]
             if self._kernel is not None and self._kernel.takes(asking, held):
                 found.append(self._kernel.attend(asking, held, part.at, scale, window))
                 continue
