@@ -58,6 +58,16 @@ def test_nothing_near(folder):
     assert str(caught.value) == f"source 'elsewhere/quite.jsonl': there is no {folder}/elsewhere/quite.jsonl"
 
 
+@pytest.mark.parametrize(("text", "hinted"), [
+    ("smollm", True), ("Qwen2.5-0.5B", True), ("train", False), ("questions.jsonl", False), ("./smollm", False),
+])  # fmt: skip
+def test_a_bare_word_may_be_meant_for_the_hub_or_a_package(folder, text, hinted):
+    with pytest.raises(SourceError) as caught:
+        locate(text, relative_to=folder / "data")
+    assert (f"hf:org/{text}" in str(caught.value)) == hinted
+    assert ("pip:distribution==version/path/inside" in str(caught.value)) == hinted
+
+
 def test_pins_of_paths(folder):
     assert locate(f"data/train.jsonl#sha256={PIN.upper()}", relative_to=folder).read_bytes() == ROWS
     with pytest.raises(SourceError, match=f"sha256 is {PIN}, the pin says {'0' * 64}"):

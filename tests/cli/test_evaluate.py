@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.conftest import make_tiny_model, make_tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorchestra.adapter.adapter import Adapter
@@ -122,6 +123,25 @@ def test_examples_that_an_adapter_was_trained_on(lorchestra, tiny_dir, make_adap
     assert "unseen was trained" not in told.err
 
 
+@pytest.mark.parametrize(("trained", "scored"), [(2, None), (None, 1), (2, 1), (1, 2)])
+def test_and_those_under_a_limit(lorchestra, tiny_dir, make_adapter, sft, tmp_path, trained, scored):
+    from lorchestra.data.load import DataSpec, load_examples
+
+    digest = load_examples(DataSpec(str(sft), limit=trained), "sft", relative_to=tmp_path).digest
+    make_adapter(tmp_path / "seen", 1, data={"sft": digest})
+    told = lorchestra("eval", "seen", "--data", sft, *(["--limit", scored] if scored else []))
+    assert told.code == 0
+    assert "warning: seen was trained on examples of this very source" in told.err
+
+
+def test_beyond_the_limit_a_source_may_hold_anything(lorchestra, make_adapter, tmp_path):
+    make_adapter(tmp_path / "a", 1)
+    many = write(tmp_path / "many.jsonl", [{"prompt": f"{i}?", "completion": "rest"} for i in range(60)])
+    many.write_text(many.read_text() + "{not JSON\n")
+    told = lorchestra("eval", "a", "--data", many, "--limit", 2)
+    assert told.code == 0, told.err
+
+
 def test_limit_truncation_and_several_files(lorchestra, tiny_dir, sft, tmp_path):
     told = json.loads(lorchestra("eval", tiny_dir, "--data", sft, "--limit", 2, "--json").out)
     assert told["examples"] == 2
@@ -130,6 +150,16 @@ def test_limit_truncation_and_several_files(lorchestra, tiny_dir, sft, tmp_path)
     assert json.loads(both.out)["examples"] == 5
     assert json.loads(both.out)["truncated"] == 1
     assert "1 of 5 examples cut to --max_length 64" in both.err
+
+
+def test_examples_longer_than_the_model_has_positions(lorchestra, tmp_path):
+    base = tmp_path / "short"
+    make_tiny_model(max_position_embeddings=40).save_pretrained(base)
+    make_tiny_tokenizer().save_pretrained(base)
+    data = write(tmp_path / "long.jsonl", [{"prompt": "x" * 80, "completion": "y"}, {"prompt": "x", "completion": "y"}])
+    told = lorchestra("eval", base, "--data", data, "--json")
+    assert json.loads(told.out)["truncated"] == 1
+    assert "1 of 2 examples cut to the 40 positions of the model" in told.err
 
 
 def test_wrong_input(lorchestra, tiny_dir, other_base, make_adapter, sft, tmp_path):

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from tests.bank.test_mount import random_adapter
+from tests.conftest import make_tiny_model
 
 from lorchestra.bank import Bank
+from lorchestra.errors import UserError
 from lorchestra.evaluate.answer import Sampling, answers, stop_ids
 
 QUESTIONS = ["What lowers a fever?", "医学", "x", "A much longer question than all of the others, to pad them."]
@@ -51,6 +53,15 @@ def test_a_padded_batch_is_greedy_decoding_of_each_alone(
     found = answers(tiny_model, tokenizer, prompts, Sampling(max_new_tokens=12, repetition_penalty=penalty))
     assert found == expected
     assert len(set(found)) == len(found), "answers that depend on the question"
+
+
+def test_no_answer_goes_on_beyond_the_last_position(tiny_tokenizer: Any) -> None:
+    model, prompt = make_tiny_model(max_position_embeddings=40), tiny_tokenizer("x" * 30)["input_ids"]
+    assert len(prompt) == 30
+    expected = text(tiny_tokenizer, greedy(model, prompt, [2], 10))
+    assert answers(model, tiny_tokenizer, [prompt], Sampling(max_new_tokens=64)) == [expected]
+    with pytest.raises(UserError, match="the prompt has 40 tokens, and the model has 40 positions"):
+        answers(model, tiny_tokenizer, [[*prompt, *prompt[:10]]], Sampling(max_new_tokens=64))
 
 
 def test_every_row_stops_at_its_own_end_of_turn(tiny_model: Any, tiny_tokenizer: Any, prompts: list[list[int]]) -> None:

@@ -45,15 +45,15 @@ def verdict(models: dict[str, Scores], **settings: Any) -> Verdict:
     return judge(by, **{"stages": ["clinic"], "betas": {}, "recipe_of": "0.5·clinic"} | settings)
 
 
-BETTER = "The delivered model (0.5·clinic) is better than the base: its sealed-test loss is "
-WORSE = "The delivered model (0.5·clinic) is worse than the base: its sealed-test loss is "
-SAME = "The delivered model (0.5·clinic) cannot be told from the base: its sealed-test loss is "
+BETTER = "The delivered model is better than the base (sealed-test loss -"
+WORSE = "The delivered model is worse than the base (sealed-test loss +"
+SAME = "The delivered model cannot be told from the base (sealed-test loss "
 
 # delivered, rivals, how the sentence begins, how it ends
 CASES: dict[str, tuple[Scores, dict[str, Scores], str, str]] = {
     "better than all": (
         answers(-2), {"clinic": answers(-1, seed=2), "uniform": answers(-0.5, seed=3)},
-        BETTER, ", and it beats every simpler choice, the best of which is 'clinic' alone (",
+        BETTER, ", and it beats every simpler choice, the best being 'clinic' alone (",
     ),
     "better than the base, no rival": (answers(-2), {}, BETTER, ")."),
     "not told from the best rival": (
@@ -70,7 +70,7 @@ CASES: dict[str, tuple[Scores, dict[str, Scores], str, str]] = {
     ),
     "worse": (
         answers(1), {"uniform": answers(2, seed=2)},
-        WORSE, "; do not deploy it, though it beats every simpler choice, the best of which is equal weights (uniform",
+        WORSE, "; do not deploy it, though it beats every simpler choice, the best being equal weights (uniform",
     ),
     "worse, and a rival is better": (
         answers(1), {"mixed": answers(-1, seed=2)},
@@ -80,8 +80,8 @@ CASES: dict[str, tuple[Scores, dict[str, Scores], str, str]] = {
     "not told from the base, no rival": (answers(0, 2), {}, SAME, ")."),
     "the base itself": (
         answers(0, 0), {"clinic": answers(1, seed=2)},
-        "The delivered model (0.5·clinic) gives the same answers as the base: its sealed-test loss is the base's",
-        ", and it beats every simpler choice, the best of which is 'clinic' alone (",
+        "The delivered model gives the same answers as the base",
+        ", and it beats every simpler choice, the best being 'clinic' alone (",
     ),
     "beats the best on average, not a rival that varies more": (
         answers(-2), {"clinic": answers(-1.5, 0.2, seed=2), "uniform": answers(-0.9, 20, seed=3)},
@@ -101,15 +101,18 @@ def test_the_sentence(case: str) -> None:
     assert found.sentence.startswith(opening), found.sentence
     assert ending in found.sentence[len(opening) :], found.sentence
     assert found.sentence.endswith(".")
-    assert "%" not in found.sentence or "95 % interval" in found.sentence or "difference" in found.sentence
+    assert "95 % interval" in found.sentence or opening.endswith("answers as the base")
+    assert len(found.sentence) < 250, "a sentence, not a paragraph"
+    assert found.notes[0] == "Delivered is 0.5·clinic."
 
 
 def test_what_is_a_rival_itself_is_named_and_not_compared_with_it() -> None:
     """A delivered sum that is a rival's differs from it by rounding alone: no reason to prefer that rival."""
     rivals = {"clinic": answers(-2.001, 0.0, seed=2), "uniform": answers(-1, seed=3)}
     found = verdict({**rivals, DELIVERED: answers(-2, 0.0)}, same=["clinic"])
-    assert found.sentence.startswith("The delivered model (0.5·clinic: 'clinic' alone) is better than the base")
-    assert "the best of which is equal weights (uniform)" in found.sentence
+    assert found.notes[0] == "Delivered is 0.5·clinic, which is 'clinic' alone."
+    assert "the best being equal weights (uniform)" in found.sentence
+    assert "'clinic'" not in found.sentence
     assert any(d.b == "clinic" for d in found.differences), "the tables keep it"
 
 
@@ -125,11 +128,11 @@ def test_every_claim_of_the_sentence_has_its_interval_in_the_tables() -> None:
     assert set(against) == {"base", "clinic"}
     assert all(d.better for d in against.values())
     low, high = against["base"].interval.low, against["base"].interval.high
-    assert f"(95 % interval {low:+.1%} to {high:+.1%})" in found.sentence
+    assert f", 95 % interval {low:+.1%} to {high:+.1%})" in found.sentence
     ratio = {r.model: r.interval.estimate for r in found.rows if r.metric == "loss_ratio"}
     assert ratio["base"] == 1.0
     assert ratio[DELIVERED] == pytest.approx(answers(-2).nll.sum() / HARD.sum())
-    assert f"its sealed-test loss is {1 - ratio[DELIVERED]:.1%} below the base's" in found.sentence
+    assert f"(sealed-test loss {ratio[DELIVERED] - 1:+.1%}," in found.sentence
 
 
 def test_the_page_shows_what_the_verdict_compares_lower_being_better() -> None:
@@ -153,6 +156,8 @@ def test_the_notes_of_stages_compare_each_with_the_base_on_its_own_domain() -> N
         DELIVERED: {"general": answers(-1), "clinic": answers(-1)},
     }
     notes = judge(by, stages=["general", "clinic"], betas={}, recipe_of="x").notes
+    assert notes[0] == "Delivered is x."
+    notes = notes[1:]
     assert notes[0].startswith("Stage general lowers the loss of 'general': ")
     assert notes[1].startswith("Stage clinic does not measurably change the loss of 'clinic': ")
     assert notes[2].startswith("The stack of the last stage raises the loss of 'clinic': ")
@@ -246,7 +251,7 @@ def test_the_sentence_is_about_the_goal() -> None:
     ratio = {r.model: r.interval.estimate for r in worst.rows if (r.metric, r.domain) == ("loss_ratio", ALL)}
     each = {r.domain: r.interval.estimate for r in worst.rows if r.metric == "loss_ratio" and r.model == DELIVERED}
     assert ratio[DELIVERED] == max(each["a"], each["b"]) > 1
-    assert "judged is the mean" in judged(Goal("weighted", {"else": 1}), **models).notes[0]
+    assert "judged is the mean" in judged(Goal("weighted", {"else": 1}), **models).notes[1]
 
 
 @pytest.mark.parametrize(("b", "said"), [(-1.0, "kept"), (1.0, "crossed"), (-0.85, "not told")])
@@ -286,7 +291,7 @@ def test_many_comparisons_are_told() -> None:
 def test_one_group_claims_nothing_and_is_json_all_the_same() -> None:
     found = judge(small(3, ["g"] * 3), stages=["few"], betas={}, recipe_of="x")
     assert "cannot be told from the base" in found.sentence
-    assert "(95 % interval −∞ to +∞)" in found.sentence
+    assert ", 95 % interval −∞ to +∞)" in found.sentence
     text = json.dumps(found.as_dict(), allow_nan=False)
     assert "NaN" not in text
     assert '"low": null' in text

@@ -215,6 +215,24 @@ class TestBuild:
         assert sum(not step.cached for step in steps) == 1
         assert len({step.directory for step in steps}) == 1
 
+    def test_a_finished_step_has_no_lock_file(self, cache):
+        step = cache.build("stage", DIGEST, make)
+        assert list(cache.root.iterdir()) == [step.directory]
+        left = step.directory.with_name(step.directory.name + ".lock")
+        left.touch()  # as earlier versions left them, or a second process that had to wait
+        cache.build("stage", DIGEST, forbidden)
+        assert list(cache.root.iterdir()) == [step.directory]
+
+    def test_the_lock_of_a_try_that_failed_stays_for_the_next(self, cache):
+        def failing(work):
+            raise DataError("broken off")
+
+        with pytest.raises(DataError):
+            cache.build("stage", DIGEST, failing)
+        assert sorted(path.suffix for path in cache.root.iterdir()) == [".lock", ".work"]
+        step = cache.build("stage", DIGEST, make)
+        assert list(cache.root.iterdir()) == [step.directory]
+
 
 def forbidden(work):
     raise AssertionError("the step is made again")

@@ -10,10 +10,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.conftest import make_tiny_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.base.load import load_base
-from lorchestra.errors import RecipeError
+from lorchestra.errors import RecipeError, UserError
 from lorchestra.pipeline.execute import run
 from lorchestra.pipeline.prepare import prepare
 from lorchestra.pipeline.training import context_of, stage_inputs
@@ -64,7 +66,7 @@ def recipe(tmp_path, tiny_dir):
 
 def test_a_whole_run(recipe, tmp_path):
     result = run(recipe, directory=tmp_path / "run")
-    assert result.verdict.startswith("The delivered model (")
+    assert result.verdict.startswith("The delivered model ")
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert set(report["evaluation"]["models"]) == {
         "base", "mixed", "general", "clinic", "preference", "stack", "uniform", "delivered"
@@ -172,6 +174,36 @@ def test_a_search_needs_a_validation_part(tmp_path, tiny_dir):
     with pytest.raises(RecipeError, match=r"split\.validation: is 0, but fusion\.weights: search"):
         Recipe.from_dict(recipe_dict(tiny_dir, split=split), tmp_path)
     assert Recipe.from_dict(recipe_dict(tiny_dir, split=split, fusion={"weights": "later"}), tmp_path)
+
+
+def test_an_absent_tracker_of_a_later_stage_is_told_before_anything_is_trained(tmp_path, tiny_dir, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    write_data(tmp_path)
+    values = recipe_dict(tiny_dir)
+    values["stages"][2]["train"] = {"report_to": ["wandb"]}
+    with pytest.raises(UserError, match="report_to: wandb is not installed here"):
+        run(Recipe.from_dict(values, tmp_path), directory=tmp_path / "run")
+    assert "train_step" not in (tmp_path / "run" / "events.jsonl").read_text()
+
+
+def test_a_base_with_fewer_positions_than_asked_for(tmp_path):
+    """GPT-2 looks places up in a table: beyond it there is nothing, neither in training nor in sample answers."""
+    config = GPT2Config(
+        vocab_size=260, n_positions=40, n_embd=32, n_layer=2, n_head=4, eos_token_id=2, pad_token_id=3, bos_token_id=1
+    )
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    write_data(tmp_path)
+    values = recipe_dict(tmp_path / "gpt2", fusion={"weights": "equal"})
+    values["evaluate"] |= {"mixed_baseline": False}
+    result = run(Recipe.from_dict(values, tmp_path), directory=tmp_path / "run")
+    told = json.loads((tmp_path / "run" / "report.json").read_text())
+    stages = told["data"]
+    assert stages["general"]["lengths"]["max"] == 40
+    assert stages["general"]["truncated"] > 0
+    assert len(told["samples"]) == 2
+    assert result.verdict
 
 
 def foreign_adapter(tiny_dir, directory):

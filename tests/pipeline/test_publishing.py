@@ -176,7 +176,7 @@ def test_a_gate_that_refuses_leaves_the_version_and_no_alias(go, registry, place
     for words in ("ward@v1 is published", "loss<=0.1: refused", "1 of 2 gates", str(place / "run")):
         assert words in str(refused.value)
     assert refused.value.exit_code == 1
-    assert hearing.said[-1].startswith("The delivered model ("), "the verdict is not lost"
+    assert hearing.said[-1].startswith("The delivered model "), "the verdict is not lost"
     assert [version.reference for version in registry.versions()] == ["ward@v1"]
     assert registry.aliases() == []
     assert (place / "run" / "report.html").exists()

@@ -48,7 +48,7 @@ def medical(environment, tmp_path_factory):
 def test_it_delivers_what_it_says(medical):
     report = json.loads((medical / "report.json").read_text())
     assert report["merge"]["parity"] < 0.05
-    assert report["verdict"]["sentence"].startswith("The delivered model (")
+    assert report["verdict"]["sentence"].startswith("The delivered model ")
     first = json.loads(
         next(line for line in (medical / "events.jsonl").read_text().splitlines() if '"preference_law"' in line)
     )

@@ -349,6 +349,8 @@ def files(tmp_path):
         ("data: clinic.jsonl", "data: s3://x/clinic.jsonl", "r.yaml:13: stages.1.data: source 's3://x/clinic.jsonl': unknown kind; use a path, hf:org/name or pip:distribution==version/path"),
         ("data: clinic.jsonl", "data: {source: clinic.jsonl, format: alpacca}", "r.yaml:13: stages.1.data: unknown data format 'alpacca'; expected auto, preference, messages, sharegpt, choice, alpaca, prompt_completion. Did you mean 'alpaca'?"),
         ("data: clinic.jsonl", "data: {source: clinic.jsonl, fields: {promt: a, completion: b}}", "r.yaml:13: stages.1.data: fields: unknown part 'promt'; expected system, messages, prompt, completion, chosen, rejected, choices, group. Did you mean 'prompt'?"),
+        ("samples: 2", "domains: {law: clinc.jsonl}", "r.yaml:22: evaluate.domains.law: source 'clinc.jsonl': there is no clinc.jsonl; did you mean 'clinic.jsonl'?"),
+        ("base: ./tiny", "base: smollm", "r.yaml:2: base: source 'smollm': there is no smollm. A model or data set of the hub is written hf:org/smollm, a file in a Python package pip:distribution==version/path/inside"),
         ("base: ./tiny", "base: ${LORCHESTRA_NOT_SET}/x", "r.yaml:2: base: the environment variable LORCHESTRA_NOT_SET is not set, which '${LORCHESTRA_NOT_SET}/x' needs"),
     ],
 )  # fmt: skip

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -115,6 +118,32 @@ def test_tensorboard_hears_of_every_step_validation_and_weight(tiny_model, tmp_p
     assert [(row["step"], row["loss"]) for row in progress.validation] == heard["validation_loss"]
     assert [step for step, _ in heard["validation_loss"]] == [0, 2, 4]
     assert [(row["step"], row["context"]["old"]) for row in progress.history] == heard["context/old"]
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_wandb_and_mlflow_hear_the_same(tiny_model, tmp_path, monkeypatch, name):
+    """Accelerate's own trackers, with a stand-in for the packages that they call."""
+    import accelerate.tracking
+
+    told = MagicMock()
+    told.search_experiments.return_value = []
+    told.utils.validation = SimpleNamespace(MAX_PARAM_VAL_LENGTH=500, MAX_PARAMS_TAGS_PER_BATCH=100)
+    monkeypatch.setitem(sys.modules, name, told)
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [accelerate.tracking.LoggerType(name)])
+    train = TrainSettings(max_steps=2, batch_size=4, eval_every=1, report_to=(name,))
+    given = replace(inputs(train=train), name="clinic")
+    progress = run(tiny_model, tmp_path, given, log_directory=tmp_path / "logs").progress
+    wandb = name == "wandb"
+    if wandb:
+        told.init.assert_called_once_with(project="lorchestra", name="clinic", dir=str(tmp_path / "logs"))
+    else:
+        assert [call.kwargs["run_name"] for call in told.start_run.call_args_list] == ["clinic"]
+    calls = (told.init.return_value.log if wandb else told.log_metrics).call_args_list
+    heard = {(key, call.kwargs["step"]): value for call in calls for key, value in call.args[0].items()}
+    for key in ("loss", "learning_rate", "gradient_norm"):
+        assert [heard[key, row["step"]] for row in progress.history] == [row[key] for row in progress.history]
+    assert [heard["validation_loss", step] for step in (0, 1, 2)] == [row["loss"] for row in progress.validation]
+    (told.init.return_value.finish if wandb else told.end_run).assert_called_once()
 
 
 def test_a_tracker_that_will_not_start_is_told_in_a_sentence(tiny_model, tmp_path, monkeypatch):

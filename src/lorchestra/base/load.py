@@ -222,6 +222,12 @@ def load_tokenizer(directory: Path) -> Any:
         raise SourceError(f"the tokenizer of {directory} cannot be loaded: {error}") from error
 
 
+def positions(config: Any) -> int | None:
+    """Tokens that a model can tell apart by their place, by its configuration; ``None`` if that does not say."""
+    own = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(own) if own else None
+
+
 def source_name(directory: Path) -> str:
     """What a prepared directory was made from; a converted GGUF remembers its file's name."""
     note = directory / "lorchestra.json"

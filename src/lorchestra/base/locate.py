@@ -6,6 +6,7 @@ import difflib
 import errno
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -139,6 +140,11 @@ def _path(source: Source, relative_to: Path) -> Path:
             hint = f"; did you mean {near}?"
         if parse_source(source.text).kind == "hf":
             hint += f" On the hub it would be hf:{source.text}"
+        elif not hint and re.fullmatch(r"[\w-]+(\.\d[\w-]*)*", source.text):
+            hint = (
+                f". A model or data set of the hub is written hf:org/{source.text}, a file in a Python package "
+                "pip:distribution==version/path/inside"
+            )
         raise SourceError(f"source {source.text!r}: there is no {path}{hint}")
     check_pin(path, source)
     return path

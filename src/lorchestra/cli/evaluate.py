@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,10 +14,11 @@ import typer
 from lorchestra.cli.completion import among, models
 from lorchestra.cli.in_flags import in_flags
 from lorchestra.cli.options import Adapters, Device, Dtype, Field, Format, Json, fields_of, listed, weighted
-from lorchestra.errors import UserError, counted
+from lorchestra.errors import DataError, UserError, counted
 
 if TYPE_CHECKING:
     from lorchestra.cli.models import Mounted
+    from lorchestra.data.load import Loaded
     from lorchestra.evaluate.metrics import Difference, Row
     from lorchestra.evaluate.score import Kind
     from lorchestra.events import Reporter
@@ -66,6 +69,7 @@ def evaluate(
     members = [weighted(text) for text in adapter or []]
     if task not in ("auto", "sft", "dpo"):
         raise UserError(f"--task {task!r} is unknown; there are auto, sft, dpo")
+    from lorchestra.base.load import positions
     from lorchestra.cli.models import open_model
     from lorchestra.cli.progress import make_reporter
     from lorchestra.data.load import DataSpec
@@ -78,12 +82,16 @@ def evaluate(
         DataSpec(source, format=format, fields=fields_of(field), limit=limit, system=system)
         for source in listed([data])
     ]
-    kind, examples, sources = _examples(specs, task, reporter)
+    kind, read = _examples(specs, task, reporter)
+    examples = [example for loaded in read for example in loaded.examples]
     mounted = open_model(base, members, device=device, dtype=dtype, reporter=reporter)
-    domain = make_domain("data", kind, examples, Renderer(mounted.base.tokenizer, max_length))
+    longest = min(max_length, positions(mounted.base.model.config) or max_length)
+    domain = make_domain("data", kind, examples, Renderer(mounted.base.tokenizer, longest))
     cut = sum(item.truncated > 0 for item in domain.items)
     if cut:
-        reporter.say(f"warning: {cut} of {len(domain.items)} examples cut to --max_length {max_length}")
+        why = f"--max_length {longest}" if longest == max_length else f"the {longest} positions of the model"
+        reporter.say(f"warning: {cut} of {len(domain.items)} examples cut to {why}")
+    sources = _known_as(specs, read, kind) if mounted.weights else set()
     for name in mounted.weights:
         if sources & set(mounted.bank.member(name).lineage.data.values()):
             reporter.say(
@@ -119,8 +127,8 @@ def evaluate(
     _show(rows, changes, told)
 
 
-def _examples(specs: Sequence[Any], task: str, reporter: Reporter) -> tuple[Kind, list[Any], set[str]]:
-    """What all sources' examples are scored as, these, and the digests that a lineage has of the sources."""
+def _examples(specs: Sequence[Any], task: str, reporter: Reporter) -> tuple[Kind, list[Loaded]]:
+    """What all sources' examples are scored as, and the sources as they were read."""
     from lorchestra.data.load import load_examples
 
     with in_flags({}):
@@ -133,7 +141,21 @@ def _examples(specs: Sequence[Any], task: str, reporter: Reporter) -> tuple[Kind
     if task == "auto" and 0 < pairs < len(examples):
         raise UserError("--data mixes preference pairs with other examples; evaluate them one at a time, or --task sft")
     kind: Kind = "dpo" if task == "dpo" or (task == "auto" and pairs) else "sft"
-    return kind, examples, {loaded.digest for loaded in found}
+    return kind, found
+
+
+def _known_as(specs: Sequence[Any], read: Sequence[Loaded], kind: Kind) -> set[str]:
+    """What a lineage may know the sources as, however many of their examples were trained on or are scored here."""
+    from lorchestra.data.load import digests, load_examples
+
+    found: set[str] = set()
+    for spec, loaded in zip(specs, read, strict=True):
+        whole = loaded
+        if spec.limit is not None:
+            with suppress(DataError):  # beyond --limit a source may hold anything
+                whole = load_examples(replace(spec, limit=None), kind, relative_to=Path.cwd())
+        found.update(digests(whole.examples))
+    return found
 
 
 def _sealed(examples: Sequence[Any], data: str, mounted: Mounted) -> dict[str, int] | None:

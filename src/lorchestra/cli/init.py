@@ -54,6 +54,7 @@ def init(
         raise UserError(f"{directory} is a file; name the directory that recipe.yaml should go into")
     if fields and len(data or ()) != 1:
         raise UserError("--field says how to read one file: give exactly one --data with it")
+    from lorchestra.base.home import write_whole
     from lorchestra.cli.starter import example_rows, recipe_text
     from lorchestra.pipeline.cache import storage
 
@@ -71,7 +72,7 @@ def init(
     with storage(directory):
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            _write(directory / name, text)
+            write_whole(directory / name, text)
     for line in found:
         typer.echo(line)
     recipe = directory / RECIPE
@@ -139,10 +140,3 @@ def _name(directory: Path) -> str:
 
 def _jsonl(rows: list[dict[str, str]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _write(path: Path, text: str) -> None:
-    """All of it, or what was there before."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

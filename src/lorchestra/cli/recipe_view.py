@@ -90,6 +90,8 @@ def _indented(out: Console, text: str, style: str = "") -> None:
 
 def _scores(evaluation: Mapping[str, Any]) -> Table:
     """Models down, domains across; 95 % intervals are in the report."""
+    from lorchestra.evaluate.metrics import LOWER_IS_BETTER
+
     cells: dict[tuple[str, str], dict[str, float]] = {}
     for row in evaluation["rows"]:
         # A domain's own loss / base loss says no more than its loss; of all domains together there is nothing else.
@@ -100,8 +102,7 @@ def _scores(evaluation: Mapping[str, Any]) -> Table:
     for domain, metric in cells:
         table.add_column(f"{escape(domain)}\n{METRICS[metric]}", justify="right")
     best = {
-        key: (min if key[1] in ("nll", "loss_ratio") else max)(values.values(), default=None)
-        for key, values in cells.items()
+        key: (min if key[1] in LOWER_IS_BETTER else max)(values.values(), default=None) for key, values in cells.items()
     }
     for model in evaluation["models"]:
         shown = []

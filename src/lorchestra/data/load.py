@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -234,12 +234,20 @@ class _Reader:
 
 def digest(examples: Iterable[Example]) -> str:
     """SHA-256 (hex) over what the examples say and how they are grouped, in order."""
+    last = hashlib.sha256().hexdigest()
+    for last in digests(examples):  # noqa: B007 (the last is what is wanted)
+        pass
+    return last
+
+
+def digests(examples: Iterable[Example]) -> Iterator[str]:
+    """:func:`digest` of the first example, of the first two, and so on: those of the source under every ``limit``."""
     total = hashlib.sha256()
     for example in examples:
         turns = [[turn.role, turn.content] for turn in example.messages]
         line = json.dumps([turns, example.rejected, list(example.choices), example.group], ensure_ascii=False)
         total.update(line.encode() + b"\n")
-    return total.hexdigest()
+        yield total.hexdigest()
 
 
 def _mentions(text: str, column: str) -> bool:

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from lorchestra.base.load import positions
+from lorchestra.errors import UserError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -44,10 +47,19 @@ def answers(
         on_text: hears of pieces of text as they come (one prompt only).
 
     Returns:
-        The answers' text, without special tokens.
+        The answers' text, without special tokens; none goes on beyond the model's last position.
+
+    Raises:
+        UserError: a prompt takes all of the model's positions.
     """
     device = next(model.parameters()).device
     width = max(len(ids) for ids in prompts)
+    room = (positions(model.config) or width + sampling.max_new_tokens) - width
+    if room < 1:
+        raise UserError(
+            f"the prompt has {width:,} tokens, and the model has {width + room:,} positions for it and the answer "
+            "together; shorten it, or begin a new conversation"
+        )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     input_ids = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
@@ -59,7 +71,7 @@ def answers(
     out = model.generate(
         input_ids=input_ids,
         attention_mask=mask,
-        max_new_tokens=sampling.max_new_tokens,
+        max_new_tokens=min(sampling.max_new_tokens, room),
         repetition_penalty=1.0,  # not the model's own taste, and ours on the answer alone:
         logits_processor=_penalty(sampling.repetition_penalty, width),
         eos_token_id=stop_ids(model, tokenizer, stop),

@@ -108,6 +108,7 @@ def judge(
     own = _own_domains(scores, stages)
     found += own
     notes = [
+        f"Delivered is {recipe_of}{f', which is {_called(same[0])}' if same else ''}.",
         *_goal_notes(goal, meant),
         *_stage_notes(own, table(rows, "nll")),
         *_preference_notes(rows, found, betas),
@@ -118,47 +119,35 @@ def judge(
         *_search_note(candidates, validation_items),
         *_power_notes(against, same, draws, groups),
     ]
-    named = f"{recipe_of}: {_called(same[0])}" if same else recipe_of
-    sentence = _sentence(named, {rival: found for rival, found in against.items() if rival not in same}, draws)
+    sentence = _sentence({rival: found for rival, found in against.items() if rival not in same}, draws)
     return Verdict(sentence, tuple(notes), models, domains, tuple(rows), tuple(found))
 
 
-def _sentence(recipe_of: str, against: Mapping[str, Interval], draws: Mapping[str, NDArray[Any]]) -> str:
+def _sentence(against: Mapping[str, Interval], draws: Mapping[str, NDArray[Any]]) -> str:
     base = against["base"]
     # What was there before a refit is no simpler choice: it has a say only where it is better.
     rivals = {name: found for name, found in against.items() if name != "base" and (name != UNREFIT or found.low > 0)}
-    change = f"{abs(base.estimate):.1%} {'below' if base.estimate < 0 else 'above'} the base's"
-    spread = f"95 % interval {_signed(base.low)} to {_signed(base.high)}"
+    change = f"sealed-test loss {_signed(base.estimate)}, 95 % interval {_signed(base.low)} to {_signed(base.high)}"
     if base.low == base.high == 0:
-        opening = (
-            f"The delivered model ({recipe_of}) gives the same answers as the base: its sealed-test loss is the base's"
-        )
+        opening = "The delivered model gives the same answers as the base"
     elif base.high < 0:
-        opening = (
-            f"The delivered model ({recipe_of}) is better than the base: its sealed-test loss is {change} ({spread})"
-        )
+        opening = f"The delivered model is better than the base ({change})"
     elif base.low > 0:
-        opening = (
-            f"The delivered model ({recipe_of}) is worse than the base: its sealed-test loss is {change} ({spread}); "
-            "do not deploy it"
-        )
+        opening = f"The delivered model is worse than the base ({change}); do not deploy it"
     else:
-        opening = (
-            f"The delivered model ({recipe_of}) cannot be told from the base: "
-            f"its sealed-test loss is {change} ({spread})"
-        )
+        opening = f"The delivered model cannot be told from the base ({change})"
     if not rivals:
         return opening + "."
     winners = [name for name, interval in rivals.items() if interval.low > 0]
     unbeaten = [name for name, interval in rivals.items() if interval.high >= 0]
     best = min(winners or rivals, key=lambda name: float(draws[name][0]))
     interval = rivals[best]
-    spread = f"difference {_signed(interval.estimate)}, {_signed(interval.low)} to {_signed(interval.high)}"
+    spread = f"{_signed(interval.estimate)}, {_signed(interval.low)} to {_signed(interval.high)}"
     link = "though" if base.low > 0 else "and"
     if winners:
         return f"{opening}; but {_called(best)} is better{' still' if base.high < 0 else ''} ({spread}): prefer it."
     if not unbeaten:
-        return f"{opening}, {link} it beats every simpler choice, the best of which is {_called(best)} ({spread})."
+        return f"{opening}, {link} it beats every simpler choice, the best being {_called(best)} ({spread})."
     if interval.high < 0:
         others = " or ".join(map(_called, unbeaten))
         beaten = f"it beats {_called(best)}, the best simpler choice ({spread})"

@@ -1,8 +1,8 @@
 """Finished steps, by what they were made of: one content-addressed cache shared by all recipes.
 
 A step lives in ``<kind>-<digest>``, appears there by one rename, and holds ``done.json`` with the SHA-256 of its
-files. Until then it is ``<kind>-<digest>.work``. What a killed step needs to go on lies in ``scratch/`` there; the
-rest of an unfinished directory is cleared before the step is tried again.
+files. Until then it is ``<kind>-<digest>.work``, beside the lock of whoever is at it. What a killed step needs to go
+on lies in ``scratch/`` there; the rest of an unfinished directory is cleared before the step is tried again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,8 +111,7 @@ class StepCache:
         return final.with_name(final.name + ".work")
 
     def _lock(self, kind: str, digest: str) -> Path:
-        final = self.path(kind, digest)
-        return final.with_name(final.name + ".lock")
+        return _lock_of(self.path(kind, digest))
 
     def abandon(self, kind: str, digest: str) -> None:
         """Remove what an unfinished step would go on from; not while another process is at it."""
@@ -170,6 +169,7 @@ class StepCache:
             with locked(self._lock(kind, digest), f"{kind} {digest[:12]}", waiting):
                 found = self.lookup(kind, digest)
                 if found is not None:
+                    _unlock(final)
                     return found
                 work = self.work(kind, digest)
                 if not (work / MARKER).exists():  # else killed between the marker and the rename: all is there
@@ -182,10 +182,13 @@ class StepCache:
                 shutil.rmtree(final, ignore_errors=True)  # a directory without its marker is nobody's
                 os.replace(work, final)
                 _sync(final.parent)
+                _unlock(final)
         return Step(final, _note(final)["info"], digest, cached=False)
 
     def verify(self, step: Step) -> None:
         """Recompute the digests of the step's files; a run does so for every step that it reuses.
+
+        A lock file that is left beside it goes.
 
         Raises:
             StorageError: a file is missing or was changed.
@@ -196,6 +199,17 @@ class StepCache:
                 raise StorageError(
                     f"{step.directory / name} is missing or was changed; delete {step.directory}, run again"
                 )
+        _unlock(step.directory)
+
+
+def _lock_of(directory: Path) -> Path:
+    return directory.with_name(directory.name + ".lock")
+
+
+def _unlock(directory: Path) -> None:
+    """Remove the lock file of a finished step: who holds it, or waits for it, finds the step there."""
+    with suppress(OSError):  # a cache that is read only, or a system that does not remove open files
+        _lock_of(directory).unlink(missing_ok=True)
 
 
 def _note(directory: Path) -> dict[str, Any]:

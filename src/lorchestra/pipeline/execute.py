@@ -41,6 +41,7 @@ from lorchestra.recipe.recipe import Recipe
 from lorchestra.recipe.suggestions import Suggestion, lines
 from lorchestra.recipe.unexpanded import Unexpanded, as_written, mask_of, masked
 from lorchestra.report.write import write_report
+from lorchestra.train.loop import refuse_absent_trackers
 from lorchestra.train.stage import StageInputs
 
 
@@ -123,6 +124,8 @@ class _Run:
         """Every step in order."""
         choose_format(choose_device(self.recipe.device), self.recipe.dtype)  # a mistake there is told before any fetch
         check_publish(self.recipe)
+        for stage in self.recipe.stages:
+            refuse_absent_trackers(self.recipe.train_of(stage).report_to)
         self.written = self.recipe
         self.reporter.event("run", recipe=self.recipe.name, version=version("lorchestra"))
         prepared = prepare(self.recipe, self.reporter)

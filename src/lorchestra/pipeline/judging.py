@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorchestra.adapter.adapter import Adapter
-from lorchestra.base.load import Base, load_base
+from lorchestra.base.load import Base, load_base, positions
 from lorchestra.data.example import Example
 from lorchestra.evaluate.answer import Sampling, answers
 from lorchestra.evaluate.ledger import Ledger, item_digest, sealed_digest
@@ -332,8 +332,10 @@ def _questions(prepared: Prepared, count: int) -> list[tuple[str, Example]]:
 def _answers(prepared: Prepared, base: Base, asked: list[tuple[str, Example]], reporter: Reporter) -> list[str]:
     if not asked:
         return []
-    prompts = [prepared.renderer.prompt(example.prompt)[-prepared.recipe.max_length :] for _, example in asked]
-    sampling = Sampling(max_new_tokens=prepared.recipe.evaluate.sample_tokens, repetition_penalty=1.1)
+    wanted, longest = prepared.recipe.evaluate.sample_tokens, prepared.recipe.max_length
+    longest = max(1, min(longest, (positions(base.model.config) or longest + wanted) - wanted))
+    prompts = [prepared.renderer.prompt(example.prompt)[-longest:] for _, example in asked]
+    sampling = Sampling(max_new_tokens=wanted, repetition_penalty=1.1)
     with reporter.task("sample answers"):
         return answers(base.model, prepared.tokenizer, prompts, sampling, stop=prepared.renderer.end_of_turn)
 

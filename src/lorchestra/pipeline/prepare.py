@@ -17,7 +17,7 @@ from lorchestra.adapter.digest import json_digest
 from lorchestra.adapter.lineage import BaseId
 from lorchestra.bank import Bank
 from lorchestra.base.fingerprint import config_digest, fingerprint
-from lorchestra.base.load import load_tokenizer, prepare_base
+from lorchestra.base.load import load_tokenizer, positions, prepare_base
 from lorchestra.base.locate import SourceLock, locate, parse_source
 from lorchestra.base.nf4 import NF4, refuse_quantised
 from lorchestra.data.check import Check, StageData, check_data
@@ -48,7 +48,7 @@ class Prepared:
         directory: the base, a Hugging Face directory.
         base: its fingerprint.
         tokenizer: its tokenizer.
-        renderer: with the recipe's ``max_length``.
+        renderer: with the recipe's ``max_length``, or as many positions as the base has, if these are fewer.
         data: stage or extra domain → its data.
         check: what was found in the data.
         adapters: brought in from outside, by name.
@@ -102,7 +102,8 @@ def prepare(recipe: Recipe, reporter: Reporter = SILENT, fetch: bool = True) -> 
     for line in base_remarks(adapters, base):
         reporter.say(line)
     tokenizer = load_tokenizer(directory)
-    renderer = Renderer(tokenizer, recipe.max_length, recipe.supervise)
+    longest = min(recipe.max_length, positions(model.config) or recipe.max_length)
+    renderer = Renderer(tokenizer, longest, recipe.supervise)
     for note in renderer.notes:
         reporter.say(f"note: {note}")
     data, check = _examples(recipe, renderer, lock, reporter, fetch, {})

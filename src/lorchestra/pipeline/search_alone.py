@@ -14,7 +14,7 @@ from lorchestra.adapter.lineage import BaseId, Parent
 from lorchestra.bank import Bank
 from lorchestra.base.fingerprint import config_digest
 from lorchestra.data.example import Example
-from lorchestra.data.load import DataSpec, Loaded, load_examples
+from lorchestra.data.load import DataSpec, Loaded, digests, load_examples
 from lorchestra.data.render import Renderer
 from lorchestra.data.split import SplitSpec, split
 from lorchestra.errors import UserError
@@ -48,7 +48,7 @@ class SearchData:
         items: name → what the sealed items are known by in the ledger.
         duplicates: examples that were left out as repeated.
         truncated: that were cut to the maximum length.
-        digests: name → what adapters trained on the same source have in their lineage.
+        digests: name → what adapters trained on the same source, or its first examples, have in their lineage.
     """
 
     validation: dict[str, Domain]
@@ -61,9 +61,9 @@ class SearchData:
     def remarks(self, members: Mapping[str, Adapter]) -> list[str]:
         """What the data lacks: adapters that were trained on it, small parts, cut examples."""
         out = []
-        for name, digests in self.digests.items():
+        for name, known in self.digests.items():
             for member, adapter in members.items():
-                if digests & set(adapter.lineage.data.values()):
+                if known & set(adapter.lineage.data.values()):
                     out.append(
                         f"{member} was trained on the source of {name}: unless those examples were held back, its "
                         "weight is chosen on what it has seen; give held-out examples"
@@ -114,7 +114,7 @@ def search_data(
         UserError: a domain that mixes pairs with other examples, or has too few groups in a part.
     """
     validation, test, items = {}, {}, {}
-    digests: dict[str, set[str]] = {}
+    known: dict[str, set[str]] = {}
     duplicates = truncated = 0
     for name, specs in sources.items():
         read: list[Loaded] = [
@@ -131,8 +131,8 @@ def search_data(
             items[name] = [item_digest(example) for example in parts.test]
         duplicates += parts.duplicates
         truncated += sum(item.truncated > 0 for item in validation[name].items)
-        digests[name] = {loaded.digest for loaded in read}
-    return SearchData(validation, test, items, duplicates, truncated, digests)
+        known[name] = {digest for loaded in read for digest in digests(loaded.examples)}
+    return SearchData(validation, test, items, duplicates, truncated, known)
 
 
 def kind_of(name: str, examples: Sequence[Example], task: Task) -> Kind:

@@ -12,15 +12,14 @@ import hashlib
 import json
 import math
 import numbers
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from lorchestra.base.home import write_whole
 from lorchestra.errors import StorageError
 
 # Characters that HTML or UTF-8 cannot hold; one for one, so that the spans of supervised text stay true.
@@ -73,21 +72,10 @@ def write_report(data: Mapping[str, Any], directory: Path, name: str = "report")
 
 
 def _put(path: Path, text: str) -> None:
-    partial: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-        partial = Path(name)
         # A lone surrogate (half a character, as broken data has them) cannot be written as UTF-8.
-        with os.fdopen(handle, "w", encoding="utf-8", errors="replace", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.chmod(0o644)
-        partial.replace(path)
+        write_whole(path, text.encode("utf-8", "replace").decode("utf-8"), synced=True)
     except OSError as error:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
         raise StorageError(
             f"the report cannot be written to {path}: {error.strerror or error}. The run's steps are kept; free "
             "space or make the directory writable, then run the recipe again"
