@@ -14,7 +14,7 @@ from torch.nn.utils import parameters_to_vector
 from lorchestra.data.render import Branch, Rendered
 from lorchestra.objective.attention import quick_attention
 from lorchestra.objective.batch import pack
-from lorchestra.objective.flat import Flat
+from lorchestra.objective.flat import Flat, rounded
 from lorchestra.objective.logprobs import branch_logprobs, flat_is_exact
 
 PAD = 3
@@ -57,12 +57,16 @@ def test_every_position_is_where_it_says(batch, tree):
         assert len(batch) == len(rows) == 1 or all(n == width for n in rows)
         return
     there = torch.arange(width) < torch.tensor(rows)[:, None]
-    assert torch.equal(flat.input_ids[0][flat.place][there], packed.input_ids[there])
+    assert flat.place.shape[1] == flat.prefix + rounded(width - flat.prefix)
+    assert not flat.place[:, width:].any()
+    assert torch.equal(flat.input_ids[0][flat.place[:, :width]][there], packed.input_ids[there])
     positions = (
         packed.position_ids if tree and packed.position_ids is not None else torch.arange(width).expand(len(rows), -1)
     )
-    assert torch.equal(flat.position_ids[0][flat.place][there], positions[there])
-    assert flat.input_ids.shape[1] == sum(rows) - (len(rows) - 1) * flat.prefix < len(rows) * width
+    assert torch.equal(flat.position_ids[0][flat.place[:, :width]][there], positions[there])
+    tokens = sum(rows) - (len(rows) - 1) * flat.prefix
+    assert flat.prefix + flat.rest.numel() == tokens
+    assert flat.input_ids.shape[1] == rounded(tokens, 16) < len(rows) * width
 
 
 def test_a_batch_that_would_not_be_shorter_stays_as_it_is():
@@ -103,6 +107,47 @@ def test_gradients_are_those_of_rows(checkpointing):
             (branch_logprobs(model, packed).sums * torch.tensor([1.0, -2.0, 0.5])).sum().backward()
             found.append(parameters_to_vector(p.grad for p in model.parameters()))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+@given(st.integers(1, 1 << 20), st.sampled_from([8, 16]))
+def test_few_sizes_and_little_more_than_was_asked_for(count, steps):
+    found = rounded(count, steps)
+    assert count <= found < count * (1 + 1 / steps) + 1
+    assert rounded(found, steps) == found
+    assert len({rounded(n, steps) for n in range(1025, 2049)}) == steps
+
+
+def long_ones():
+    """Four items of 20 to 60 tokens that begin alike, so that every size is rounded up."""
+    draw = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(4, 60, (n,), generator=draw).tolist() for n in (17, 29, 38, 46)]
+    answers = [torch.randint(4, 60, (n,), generator=draw).tolist() for n in (3, 8, 5, 9)]
+    return [sft([5, 6, 7, *prompt], answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+@pytest.mark.parametrize("tree", [True, False])
+def test_padding_changes_neither_log_probabilities_nor_gradients(tree):
+    model, batch = make_tiny_model().requires_grad_(True), long_ones()
+    if tree:
+        branch = Branch((9, 8, 7), (True,) * 3)
+        batch = [Rendered(item.prompt, (*item.branches, branch), 0) for item in batch]
+    found = []
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    with quick_attention(model):
+        for flat in (True, False):
+            packed = pack(batch, PAD, tree=tree, flat=flat)
+            model.zero_grad()
+            scores = branch_logprobs(model, packed).sums
+            (scores * torch.linspace(-1, 2, len(scores))).sum().backward()
+            found.append((scores.detach(), parameters_to_vector(p.grad for p in model.parameters())))
+    padded = pack(batch, PAD, tree=tree, flat=True)
+    assert padded.flat is not None
+    assert padded.flat.input_ids.shape[1] > padded.flat.prefix + padded.flat.rest.numel()
+    assert padded.flat.place.shape[1] > padded.input_ids.shape[1]
+    assert seen[0] > padded.supervised == seen[1]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_half_precision_is_as_near_as_rows_are():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorchestra.data.render import Rendered
 from lorchestra.errors import DataError
-from lorchestra.objective.flat import Flat
+from lorchestra.objective.flat import Flat, flat_length
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def pack(
     one_row = None
     if flat:
         shared = min(_shared([item.prompt for item in items]), width - 1)
-        if shared + sum(lengths) - shared * len(rows) < len(rows) * width:
+        if flat_length(shared + sum(lengths) - shared * len(rows)) < len(rows) * width:
             one_row = Flat.of(input_ids.to(device), lengths, shared, position_ids, mask)
     columns = torch.tensor(supervised, dtype=torch.int64).reshape(-1, 4).to(device)
     return Batch(

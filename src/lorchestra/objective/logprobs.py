@@ -11,11 +11,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from lorchestra.data.render import Branch, Rendered
 from lorchestra.errors import LorchestraError
 from lorchestra.objective.attention import NAME
 from lorchestra.objective.batch import Batch, pack
+from lorchestra.objective.flat import rounded
 
 CHUNK = 1 << 22  # float32 logits at a time: 16 MiB
 
@@ -52,8 +54,10 @@ def branch_logprobs(model: nn.Module, batch: Batch) -> BranchScores:
         if flat is not None:
             kwargs |= {"input_ids": flat.input_ids, "position_ids": flat.position_ids}
             kwargs |= {"attention_mask": _additive(flat.mask, model), "flat": flat}
-            row, column = torch.zeros_like(row), flat.place[row, column]
-            hooks.enter_context(_last_mlp_at(model, torch.unique(column)))
+            column = flat.place[row, column]
+            hooks.enter_context(_last_mlp_at(model, _read(column, flat.input_ids.shape[1])))
+            column = pad(column, (0, rounded(column.numel()) - column.numel()))
+            row = torch.zeros_like(column)
         elif batch.mask is not None:
             kwargs |= {"attention_mask": _additive(batch.mask, model), "position_ids": batch.position_ids}
         hooks.enter_context(_gathered(model, row, column))
@@ -64,14 +68,22 @@ def branch_logprobs(model: nn.Module, batch: Batch) -> BranchScores:
     return BranchScores(sums, torch.bincount(batch.branch, minlength=branches), batch.item)
 
 
+def _read(column: Tensor, length: int) -> Tensor:
+    """``column [N]`` sorted, each once, with others below ``length`` up to a rounded number."""
+    read = torch.unique(column)
+    more = min(rounded(read.numel()), length) - read.numel()
+    others = torch.ones(length, dtype=torch.bool, device=read.device).index_fill_(0, read, False).nonzero()[:more, 0]
+    return torch.cat((read, others))
+
+
 class _Logprobs(torch.autograd.Function):
-    """log softmax(logits)[target] of every row in float32, a few rows at a time: the vocabulary is wide."""
+    """log softmax(logits)[target] of the first rows in float32, a few at a time: the vocabulary is wide."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
         ctx.save_for_backward(logits, target)
         found = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
-        for rows in _slices(logits):
+        for rows in _slices(logits, target):
             vocabulary = torch.log_softmax(logits[rows].float(), dim=1)
             found[rows] = vocabulary.gather(1, target[rows, None])[:, 0]
         return found
@@ -81,7 +93,8 @@ class _Logprobs(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         logits, target = ctx.saved_tensors
         d_logits = torch.empty_like(logits)
-        for rows in _slices(logits):
+        d_logits[len(target) :].zero_()
+        for rows in _slices(logits, target):
             wanted = gradient[rows, None]
             part = torch.softmax(logits[rows].float(), dim=1).mul_(-wanted)
             d_logits[rows] = part.scatter_add_(1, target[rows, None], wanted)
@@ -89,14 +102,14 @@ class _Logprobs(torch.autograd.Function):
 
 
 def _logprobs(logits: Tensor, target: Tensor) -> Tensor:
-    """``[N]`` float32 from logits ``[N, V]`` and target ``[N]``."""
+    """``[N]`` float32 from logits ``[at least N, V]`` and target ``[N]``."""
     out: Tensor = _Logprobs.apply(logits, target)  # type: ignore[no-untyped-call]
     return out
 
 
-def _slices(logits: Tensor) -> list[slice]:
-    rows = max(1, CHUNK // logits.shape[1])
-    return [slice(first, first + rows) for first in range(0, logits.shape[0], rows)]
+def _slices(logits: Tensor, target: Tensor) -> list[slice]:
+    rows, n = max(1, CHUNK // logits.shape[1]), target.shape[0]
+    return [slice(first, min(first + rows, n)) for first in range(0, n, rows)]
 
 
 def _additive(mask: Tensor, model: nn.Module) -> Tensor:
