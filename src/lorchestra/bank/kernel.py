@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorchestra.base.native import library
 
-SOURCE = Path(__file__).with_name("rows.cpp")
+SOURCE, HEADER = Path(__file__).with_name("rows.cpp"), Path(__file__).with_name("rows.h")
 _NAMES = {torch.float32: "add_float32", torch.bfloat16: "add_bfloat16"}
 _Integers = ctypes.POINTER(ctypes.c_int64)
 
@@ -28,7 +28,7 @@ class Kernel:
     """
 
     def __init__(self) -> None:
-        rows = library(SOURCE)
+        rows = library(SOURCE, HEADER)
         self._functions = {dtype: getattr(rows, name) for dtype, name in _NAMES.items()}
         for function in self._functions.values():
             function.restype = None

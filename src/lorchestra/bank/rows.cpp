@@ -1,103 +1,25 @@
-// y[p] += (x[p] A) B for every row, each with factors of its own, read once from where they lie.
+// y[p] += (x[p] A) B for every row, each with factors of its own.
 //
-// Rows of a store lie `pitch` elements apart. A is [n, width], width = modules * rank; module i has B [rank, m[i]] and
-// adds to y[i]. Sums are float32, whatever the factors are.
+// Rows of a store lie `pitch` elements apart.
 
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
-#include "lanes.h"
+#include "rows.h"
 
 namespace {
-
-constexpr int64_t AHEAD = 512;  // bytes: pieces are short, and a processor's own foresight begins late
-
-// What lies ahead of `count` numbers.
-template <class F>
-inline void fetch(const F* from, int64_t count) {
-  for (int64_t byte = 0; byte < static_cast<int64_t>(count * sizeof(F)); byte += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD + byte);
-}
-
-// z = x A, where A has 8 V columns; two sums take turns, so that none waits for the one before.
-template <int V, class F, class X>
-inline void project(const X* x, const F* A, int64_t n, float* z) {
-  floats8 even[V] = {}, odd[V] = {}, first, second;
-  int64_t k = 0;
-  for (; k + 1 < n; k += 2) {
-    const float one = wide(x[k]), two = wide(x[k + 1]);
-    const F* at = A + k * 8 * V;
-    fetch(at, 16 * V);
-    for (int i = 0; i < V; ++i) {
-      load(at + 8 * i, &first);
-      load(at + 8 * (V + i), &second);
-      even[i] += first * one;
-      odd[i] += second * two;
-    }
-  }
-  if (k < n)
-    for (int i = 0; i < V; ++i) {
-      load(A + 8 * (k * V + i), &first);
-      even[i] += first * wide(x[k]);
-    }
-  for (int i = 0; i < V; ++i) even[i] += odd[i];
-  std::memcpy(z, even, sizeof even);
-}
-
-template <class F, class X>
-inline void project(const X* x, const F* A, int64_t n, int64_t width, float* z) {
-  for (int64_t j = 0; j < width; ++j) z[j] = 0.0f;
-  for (int64_t k = 0; k < n; ++k)
-    for (int64_t j = 0; j < width; ++j) z[j] += wide(x[k]) * wide(A[k * width + j]);
-}
-
-// y += z B
-template <class F, class X>
-inline void expand(const float* z, const F* B, int64_t rank, int64_t m, X* y) {
-  int64_t from = 0;
-  for (; from + 64 <= m; from += 64) {
-    floats16 sum[4] = {}, part;
-    for (int64_t r = 0; r < rank; ++r)
-      for (int i = 0; i < 4; ++i) {
-        load(B + r * m + from + 16 * i, &part);
-        sum[i] += part * z[r];
-      }
-    for (int i = 0; i < 4; ++i) {
-      load(y + from + 16 * i, &part);
-      store(part + sum[i], y + from + 16 * i);
-    }
-  }
-  for (; from < m; ++from) {
-    float sum = 0.0f;
-    for (int64_t r = 0; r < rank; ++r) sum += z[r] * wide(B[r * m + from]);
-    narrow(wide(y[from]) + sum, &y[from]);
-  }
-}
 
 template <class F, class X>
 void add(const F* flat, int64_t pitch, int64_t rows, const int64_t* positions, const X* x, int64_t x_pitch, int64_t n,
          X* const* y, const int64_t* y_pitch, int64_t rank, int64_t modules, int64_t A, const int64_t* B,
          const int64_t* m) {
-  const int64_t width = modules * rank;
 #pragma omp parallel
   {
-    std::vector<float> z(width);
+    std::vector<float> z(modules * rank);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t position = positions ? positions[row] : row;
-      const F* own = flat + row * pitch;
-      const X* from = x + position * x_pitch;
-      switch (width) {
-        case 8: project<1>(from, own + A, n, z.data()); break;
-        case 16: project<2>(from, own + A, n, z.data()); break;
-        case 24: project<3>(from, own + A, n, z.data()); break;
-        case 32: project<4>(from, own + A, n, z.data()); break;
-        case 48: project<6>(from, own + A, n, z.data()); break;
-        default: project(from, own + A, n, width, z.data());
-      }
-      for (int64_t i = 0; i < modules; ++i)
-        expand(z.data() + i * rank, own + B[i], rank, m[i], y[i] + position * y_pitch[i]);
+      add_updates(flat + row * pitch, rank, Modules{modules, A, B, m}, x + position * x_pitch, n,
+                  [&](int64_t i) { return y[i] + position * y_pitch[i]; }, z.data());
     }
   }
 }

@@ -1,4 +1,4 @@
-"""Compiled kernels, all optional: one C++ source each, without any header but ``lanes.h`` and the standard library's.
+"""Compiled kernels, all optional: one C++ source each, without any header but our own and the standard library's.
 
 Compiled for this machine by its own C++ compiler, and kept under ``LORCHESTRA_HOME``.
 """
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from lorchestra.base.home import home
@@ -22,13 +23,17 @@ LANES = Path(__file__).with_name("lanes.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
 
 
-def library(source: Path) -> ctypes.CDLL:
+def library(source: Path, *headers: Path) -> ctypes.CDLL:
     """``source``, compiled.
+
+    Args:
+        source: of the kernel.
+        headers: that it includes, besides ``lanes.h``.
 
     Raises:
         UserError: there is no compiler, or it fails.
     """
-    return ctypes.CDLL(str(_built(source)))
+    return ctypes.CDLL(str(_built(source, (LANES, *headers))))
 
 
 def compiler() -> str | None:
@@ -37,8 +42,8 @@ def compiler() -> str | None:
     return shutil.which(named) or shutil.which("g++") or shutil.which("clang++")
 
 
-def _built(source: Path) -> Path:
-    """The shared library, compiled once for this source, compiler and processor."""
+def _built(source: Path, headers: Sequence[Path]) -> Path:
+    """The shared library, compiled once for this source, these headers, compiler and processor."""
     found = compiler()
     if found is None:
         raise UserError(
@@ -46,7 +51,7 @@ def _built(source: Path) -> Path:
             "install one, or serve without --kernel"
         )
     version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
-    texts = [path.read_text(encoding="utf-8") for path in (source, LANES)]
+    texts = [path.read_text(encoding="utf-8") for path in (source, *headers)]
     what = "\0".join((*texts, *FLAGS, version, platform.machine(), _processor()))
     path = home() / "kernels" / f"{source.stem}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
     if path.exists():
@@ -55,7 +60,7 @@ def _built(source: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         made = Path(directory) / path.name
         done = subprocess.run(
-            [found, *FLAGS, f"-I{LANES.parent}", str(source), "-o", str(made)],
+            [found, *FLAGS, *(f"-I{path.parent}" for path in headers), str(source), "-o", str(made)],
             capture_output=True,
             text=True,
             check=False,

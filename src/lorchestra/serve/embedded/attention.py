@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorchestra.base.native import library
 
-SOURCE = Path(__file__).with_name("attention.cpp")
+SOURCE, HEADER = Path(__file__).with_name("attention.cpp"), Path(__file__).with_name("attention.h")
 WIDTHS = (16, 32, 64, 80, 96, 128, 256)  # of a head
 _NAMES = {torch.float32: "attend_float32", torch.bfloat16: "attend_bfloat16"}
 
@@ -29,7 +29,7 @@ class Attention:
     """
 
     def __init__(self) -> None:
-        compiled = library(SOURCE)
+        compiled = library(SOURCE, HEADER)
         self._functions = {dtype: getattr(compiled, name) for dtype, name in _NAMES.items()}
         for function in self._functions.values():
             function.restype = None

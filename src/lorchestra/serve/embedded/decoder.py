@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
@@ -19,6 +20,7 @@ from torch.nn.functional import embedding
 from lorchestra.bank.rows import Acting, Group, RowBank
 from lorchestra.serve.embedded.linear import Linear
 from lorchestra.serve.embedded.pieces import COMPILED, Compiled, Heads, Pieces, Stock
+from lorchestra.serve.embedded.single import Single, copied, fits
 from lorchestra.serve.embedded.slots import CacheShape, Decoding, Reading
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
@@ -42,7 +44,8 @@ class LlamaDecoder:
         model: transformers' causal language model of :data:`FAMILY`, in eval mode; weights that are laid out anew are
             copied, so forget it afterwards.
         max_length: positions there are rotations for.
-        kernel: compile :class:`~lorchestra.serve.embedded.pieces.Compiled` and use it where it can be used.
+        kernel: compile :class:`~lorchestra.serve.embedded.pieces.Compiled` and use it where it can be used; and
+            :class:`~lorchestra.serve.embedded.single.Single`, if there is ample memory.
 
     Raises:
         UserError: there is no compiler, or it fails.
@@ -93,6 +96,9 @@ class LlamaDecoder:
         alike = all(value.dtype == self.dtype for value in inner.parameters())
         compiled = kernel and alike and self.device.type == "cpu" and self.dtype in COMPILED
         self._pieces: Pieces = Compiled(described) if compiled else Stock(described)
+        linears = [p for name, p in inner.layers.named_parameters() if p.dim() == 2]
+        small = compiled and Single.takes(described) and fits(linears, psutil.virtual_memory().available)
+        self._single = Single(described, [_weights(layer) for layer in inner.layers]) if small else None
 
     @torch.inference_mode()
     def hidden_states(self, ids: Tensor, step: Reading | Decoding, bank: RowBank, acting: Acting) -> Tensor:
@@ -107,6 +113,10 @@ class LlamaDecoder:
         Returns:
             ``[b, L, n]``.
         """
+        if self._single is not None and ids.shape == (1, 1) and isinstance(step, Decoding):
+            alone = self._single.hidden_states(self.embedded(ids), step, acting)
+            if alone is not None:
+                return alone
         return self._through(ids, step, bank, acting, self.depth)
 
     @torch.inference_mode()
@@ -156,3 +166,21 @@ def _head_norms(attention: Any) -> tuple[Tensor, Tensor] | None:
     if not hasattr(attention, "q_norm"):
         return None
     return attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
+
+
+def _weights(layer: Any) -> dict[str, Tensor | None]:
+    """As :class:`~lorchestra.serve.embedded.single.Single` takes them."""
+    attention, mlp = layer.self_attn, layer.mlp
+    q_norm, k_norm = _head_norms(attention) or (None, None)
+    found: dict[str, Tensor | None] = {
+        "before": layer.input_layernorm.weight.detach(),
+        "after": layer.post_attention_layernorm.weight.detach(),
+        "q_norm": q_norm,
+        "k_norm": k_norm,
+    }
+    for name, modules in (
+        ("qkv", (attention.q_proj, attention.k_proj, attention.v_proj)), ("out", (attention.o_proj,)),
+        ("up", (mlp.gate_proj, mlp.up_proj)), ("down", (mlp.down_proj,)),
+    ):  # fmt: skip
+        found[name], found[f"{name}_bias"] = copied(*modules)
+    return found

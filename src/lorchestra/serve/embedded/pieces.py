@@ -17,7 +17,7 @@ from torch.nn.functional import layer_norm, rms_norm, silu
 from lorchestra.base.native import library
 from lorchestra.serve.embedded.slots import Decoding, Reading
 
-SOURCE = Path(__file__).with_name("layer.cpp")
+SOURCE, HEADER = Path(__file__).with_name("layer.cpp"), Path(__file__).with_name("layer.h")
 COMPILED = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # dtypes that the kernel knows
 Rotations = tuple[Tensor, ...]
 
@@ -167,7 +167,7 @@ class Compiled:
 
     def __init__(self, heads: Heads) -> None:
         self._heads = heads
-        compiled, name = library(SOURCE), COMPILED[heads.cosine.dtype]
+        compiled, name = library(SOURCE, HEADER), COMPILED[heads.cosine.dtype]
         pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         self._norm = getattr(compiled, f"norm_{name}")
         self._norm.argtypes = [pointer, pointer, pointer, integer, integer, number, pointer]

@@ -250,6 +250,13 @@ class Decoding:
         """As :meth:`Reading.rooms`."""
         return [Room(part.first, part.count, part.store.data[layer].flatten(0, 1), part.places) for part in self._parts]
 
+    def alone(self) -> tuple[Tensor, int] | None:
+        """If it is one row: its slot in every layer, ``[layers, T, 2, h, d]``, and its new position."""
+        if len(self._parts) != 1 or self._parts[0].count != 1:
+            return None
+        part = self._parts[0]
+        return part.store.data[:, 0], part.longest - 1
+
     def seen(self, layer: int, q: Tensor, scale: float | None = None, window: int | None = None) -> Tensor:
         """As :meth:`Reading.seen`."""
         found = []
