@@ -164,9 +164,7 @@ def crowds(asked: argparse.Namespace, job: Mapping[str, Any]) -> dict[str, Any]:
     rounds: dict[str, list[dict[str, Any]]] = {}
     bounds = []
     with ExitStack() as up:
-        ports = {"lorchestra": up.enter_context(ours(job, names, asked))}
-        if asked.kernel:
-            ports["lorchestra --kernel"] = up.enter_context(ours(job, names, asked, kernel=True))
+        ports = with_kernel(up, asked, job, names)
         if asked.one_process:
             ports["lorchestra in one process"] = up.enter_context(ours(job, names, asked, engine_process=False))
         if asked.vllm_python:
@@ -184,6 +182,7 @@ def crowds(asked: argparse.Namespace, job: Mapping[str, Any]) -> dict[str, Any]:
         row["tokens_per_second"] / bound["tokens_per_second"]
         for row, bound in zip(rounds["lorchestra, many"], bounds, strict=True)
     ]
+    by_kernel = ratio(rounds, "lorchestra --kernel, many", "lorchestra --kernel, base")
     base_share = [
         row["tokens_per_second"] / bound["tokens_per_second"]
         for row, bound in zip(rounds["lorchestra, base"], bounds, strict=True)
@@ -194,6 +193,7 @@ def crowds(asked: argparse.Namespace, job: Mapping[str, Any]) -> dict[str, Any]:
         "many_by_base": ratio(rounds, "lorchestra, many", "lorchestra, base"),
         "many_by_vllm": ratio(rounds, "lorchestra, many", "vLLM, many"),
         "one_process_by_two": ratio(rounds, "lorchestra in one process, many", "lorchestra, many"),
+        "kernel_by_its_base": by_kernel,
         "kernel_by_base": ratio(rounds, "lorchestra --kernel, many", "lorchestra, base"),
         "kernel_by_vllm": ratio(rounds, "lorchestra --kernel, many", "vLLM, many"),
     }  # fmt: skip
@@ -202,19 +202,38 @@ def crowds(asked: argparse.Namespace, job: Mapping[str, Any]) -> dict[str, Any]:
 def beside_peft(asked: argparse.Namespace, job: Mapping[str, Any]) -> dict[str, Any]:
     """An adapter each, and PEFT's mixed batch."""
     names, n = job["names"][: asked.clients], asked.clients
-    rounds: dict[str, list[dict[str, Any]]] = {"lorchestra, many": [], "PEFT, many": []}
-    with ours(job, names, asked) as port, Worker(job, asked) as peer:
+    rounds: dict[str, list[dict[str, Any]]] = {}
+    with ExitStack() as up:
+        ports = with_kernel(up, asked, job, names)
+        peer = up.enter_context(Worker(job, asked))
         loading = peer.do("load", adapters=names, low=True)
-        crowd(port, requests(job, "many", n, "warm", 2), n)
+        for port in ports.values():
+            crowd(port, requests(job, "many", n, "warm", 2), n)
         peer.do("mixed", prompts=prompts(job, n, "warm", 4), adapters=names, new=1)
         for turn in range(asked.rounds):
-            rounds["lorchestra, many"].append(crowd(port, requests(job, "many", n, (turn, "ours"), asked.new), n))
+            for side, port in ports.items():
+                rounds.setdefault(f"{side}, many", []).append(
+                    crowd(port, requests(job, "many", n, (turn, side), asked.new), n)
+                )
             done = peer.do("mixed", prompts=prompts(job, n, (turn, "peft")), adapters=names, new=asked.new)
-            rounds["PEFT, many"].append(summary_of_steps(done["rows"], asked.new, n))
+            rounds.setdefault("PEFT, many", []).append(summary_of_steps(done["rows"], asked.new, n))
             for side, rows in rounds.items():
                 print(f"{side}: {rows[-1]['tokens_per_second']:.0f} tokens/s", file=sys.stderr, flush=True)
-    by = ratio(rounds, "lorchestra, many", "PEFT, many")
-    return {"rows": medians(rounds), "many_by_peft": by, "peft_seconds_to_load_all": sum(loading)}
+    return {
+        "rows": medians(rounds), "many_by_peft": ratio(rounds, "lorchestra, many", "PEFT, many"),
+        "kernel_by_peft": ratio(rounds, "lorchestra --kernel, many", "PEFT, many"),
+        "peft_seconds_to_load_all": sum(loading),
+    }  # fmt: skip
+
+
+def with_kernel(
+    up: ExitStack, asked: argparse.Namespace, job: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, int]:
+    """Ports of our server, and of one with the kernel where that was asked for."""
+    ports = {"lorchestra": up.enter_context(ours(job, names, asked))}
+    if asked.kernel:
+        ports["lorchestra --kernel"] = up.enter_context(ours(job, names, asked, kernel=True))
+    return ports
 
 
 def streams(asked: argparse.Namespace, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,7 +242,7 @@ def streams(asked: argparse.Namespace, job: Mapping[str, Any]) -> dict[str, Any]
     bounds = []
     with ExitStack() as up:
         names = job["names"][:1]
-        ports = {"lorchestra": up.enter_context(ours(job, names, asked))}
+        ports = with_kernel(up, asked, job, names)
         if asked.vllm_python:
             ports["vLLM"] = up.enter_context(vllm(job, names, asked))
         peer = up.enter_context(Worker(job, asked))
@@ -238,8 +257,11 @@ def streams(asked: argparse.Namespace, job: Mapping[str, Any]) -> dict[str, Any]
             rounds.setdefault("transformers, base", []).append(summary_of_steps(done["rows"], asked.new, 1))
             bounds.append(run([PARTS, "bound", job["path"], "--rows", 1], asked)[0])
     rounds, bounds = {name: rows[1:] for name, rows in rounds.items()}, bounds[1:]  # the first is a warm-up
-    by = ratio(rounds, "lorchestra, base", "transformers, base")
-    return {"rows": medians(rounds), "bound": median_of(bounds), "base_by_transformers": by}
+    return {
+        "rows": medians(rounds), "bound": median_of(bounds),
+        "base_by_transformers": ratio(rounds, "lorchestra, base", "transformers, base"),
+        "kernel_by_transformers": ratio(rounds, "lorchestra --kernel, base", "transformers, base"),
+    }  # fmt: skip
 
 
 def first_uses(asked: argparse.Namespace, job: Mapping[str, Any]) -> dict[str, Any]:

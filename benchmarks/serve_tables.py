@@ -46,10 +46,11 @@ def _crowd(part: Mapping[str, Any]) -> Iterator[str]:
         "adapter each"
     )
     said = {
-        "many_by_base": "an adapter each, by the base alone", "kernel_by_base": "the same with --kernel",
+        "many_by_base": "an adapter each, by the base alone", "kernel_by_its_base": "the same, both with --kernel",
+        "kernel_by_base": "with --kernel, by the base without",
         "many_by_vllm": "an adapter each, by vLLM's", "kernel_by_vllm": "the same with --kernel",
     }  # fmt: skip
-    yield from (f"{name}: {part[key]:.2f}" for key, name in said.items() if part[key])
+    yield from (f"{name}: {part[key]:.2f}" for key, name in said.items() if part.get(key))
 
 
 def _peft(part: Mapping[str, Any]) -> Iterator[str]:
@@ -58,6 +59,8 @@ def _peft(part: Mapping[str, Any]) -> Iterator[str]:
     yield from _speeds(part)
     yield ""
     yield f"by PEFT's: {part['many_by_peft']:.1f}; PEFT took {part['peft_seconds_to_load_all']:.0f} s to load them"
+    if part.get("kernel_by_peft"):
+        yield f"the same with --kernel: {part['kernel_by_peft']:.1f}"
 
 
 def _stream(part: Mapping[str, Any]) -> Iterator[str]:
@@ -69,6 +72,8 @@ def _stream(part: Mapping[str, Any]) -> Iterator[str]:
         f"matrix products of a step alone: {part['bound']['tokens_per_second']:.0f} tokens/s; the base, by "
         f"transformers' generate: {part['base_by_transformers']:.2f}"
     )
+    if part.get("kernel_by_transformers"):
+        yield f"the same with --kernel: {part['kernel_by_transformers']:.2f}"
 
 
 def _first(part: Mapping[str, Any]) -> Iterator[str]:
