@@ -144,3 +144,44 @@ def test_without_a_compiler_the_kernel_is_refused_with_a_way_on(monkeypatch, tmp
     with pytest.raises(UserError, match="no such flag"):
         Kernel()
     assert not list(tmp_path.glob("kernels/*"))
+
+
+PARTS = {"l.q": 0, "l.k": 1, "l.o": 1}
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 9),
+            st.integers(1, 20),
+            st.tuples(st.sampled_from([-0.5, 0.0, 0.3, 1.0]), st.sampled_from([-0.5, 0.0, 0.3, 1.0])),
+        ),
+        max_size=4,
+    )
+)
+def test_every_part_of_the_modules_has_its_own_sum(drawn):
+    bank = RowBank(GROUPS, dtype=torch.float64)
+    members = [(adapter(seed, rank), c) for seed, rank, c in drawn]
+    laid = [(bank.factors("a", member), c) for member, c in members]
+    row = bank.mixed_by_layers("a", laid, PARTS)
+    # A part is as wide as those that act in it; a row as its widest part, and not as all members together.
+    widest = max(sum(one.rank for one, c in laid if c[part]) for part in range(2))
+    assert row.rank == 0 if not widest else widest <= row.rank < 2 * widest
+    x = torch.randn(1, 3, 13, generator=torch.Generator().manual_seed(3)).double()
+    for path, y in outputs_of(bank, bank.beside([row]), x).items():
+        wanted = expected(x, [(member, c[PARTS[path]]) for member, c in members], path)
+        torch.testing.assert_close(y, wanted, rtol=0, atol=1e-5 * max(1.0, float(wanted.abs().max())))
+
+
+def test_a_module_without_a_part_is_nobodys_to_change():
+    bank = RowBank(GROUPS, dtype=torch.float64)
+    inside, outside = bank.factors("a", adapter(0, 4, ["l.q"])), bank.factors("b", adapter(1, 4, ["l.q", "l.o"]))
+    assert bank.mixed_by_layers("a", [(inside, (0.5,))], {"l.q": 0}).rank == 8
+    with pytest.raises(AdapterError, match=r"'b': .* changes module 'l.o', for which there is no coefficient"):
+        bank.mixed_by_layers("b", [(outside, (0.5,))], {"l.q": 0})
+    wide = [(bank.factors("a", adapter(seed, 250)), (0.5, 0.0)) for seed in range(2)]
+    with pytest.raises(AdapterError, match="rank 512"):
+        bank.mixed_by_layers("a", wide, PARTS)
+    halves = [(bank.factors("a", adapter(0, 250)), (0.5, 0.0)), (bank.factors("b", adapter(1, 250)), (0.0, 0.5))]
+    assert bank.mixed_by_layers("a", halves, PARTS).rank == 256

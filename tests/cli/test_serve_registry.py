@@ -5,11 +5,13 @@ from __future__ import annotations
 import httpx2
 import pytest
 import torch
+from tests.serve.gates_world import coefficients, gate_of, write_adapters
 from tests.serve.real_server import Reference, make_adapter, make_base, serving
 from tests.serve.registry_world import until
 
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.base.fingerprint import fingerprint
+from lorchestra.gate import store
 from lorchestra.registry.registry import Registry
 
 
@@ -72,3 +74,21 @@ def test_a_promotion_changes_the_answers_of_the_real_server(tmp_path, process):
             until(lambda: client.post("/v1/completions", json=ask_again).status_code == 404)
         assert "registry" in server.stderr.read_text()
         assert (tmp_path / "cache").is_dir()
+
+
+@pytest.mark.slow
+def test_a_gate_answers_with_its_members_in_the_registry(tmp_path):
+    base = make_base(tmp_path / "base")
+    directories = write_adapters(tmp_path / "adapters")
+    gate = gate_of(directories, base=fingerprint(base, "tiny"), temperature=8.0)
+    place = store.save(gate, tmp_path / "gate")
+    with Registry.open(str(tmp_path / "registry"), create=True) as registry:
+        for name in "ab":
+            registry.push(directories[name], f"ward-{name}")
+        words = ["--registry", str(tmp_path / "registry"), "--registry-cache", str(tmp_path / "cache")]
+        words += ["--gate", f"triage={place}", "--adapter", f"c={directories['c']}"]
+        with serving(base, tmp_path / "out", *words) as server:
+            client = httpx2.Client(base_url=server.url, timeout=120)
+            answer = client.post("/v1/completions", json={"model": "triage", "prompt": "hello", "max_tokens": 4})
+    assert answer.status_code == 200
+    assert set(coefficients(answer.headers["x-lorchestra-coefficients"])) == {"ward-a@v1", "ward-b@v1", "c"}

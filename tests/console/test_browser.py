@@ -10,7 +10,7 @@ from tests.console.world import EVIL, World
 from tests.serve.registry_world import until
 
 from lorchestra.registry.access import remove_key
-from lorchestra.serve.engine import Chunk, Usage
+from lorchestra.serve.engine import Choice, Chunk, Target, Usage
 
 pytestmark = NEEDED
 
@@ -165,6 +165,39 @@ def test_the_playground_mixes_and_shows_two_answers_as_text(browser, world):
             sides.first.get_by_text("does not exist").wait_for()
     finally:
         world.gateway.engine.stream = before
+
+
+def test_the_playground_shows_what_a_gate_chose_for_each_group_of_layers(browser, world):
+    choice = Choice("triage", {"clinic": 0.5, EVIL: 0.25}, (), {"layers.0-9": {"clinic": 1.0, EVIL: 0.5}, "other": {}})
+
+    class Chooser:
+        def has(self, model):
+            return True
+
+        def cards(self, key):
+            return ()
+
+        async def target(self, key, body):
+            return Target(body.model, choice=choice)
+
+    async def said(call):
+        yield Chunk([{"index": 0, "delta": {"content": "well"}}], Usage(3, 1))
+
+    inner = world.gateway.gateway
+    before, world.gateway.engine.stream, inner._choosing = world.gateway.engine.stream, said, Chooser()
+    try:
+        with opened(browser, world, at="#/playground") as page:
+            page.get_by_label("Prompt", exact=True).fill("hello?")
+            page.get_by_role("button", name="Send to both").click()
+            shown = page.locator(".side .chosen").first
+            shown.get_by_text("other", exact=True).wait_for()
+            lines = [line for line in shown.inner_text().split("\n") if line.strip()]
+            assert lines == [
+                "triage chose for this prompt:", "layers.0-9", "clinic", "1", EVIL, "0.5", "other", "base alone"
+            ]  # fmt: skip
+            assert shown.locator("meter").count() == 2
+    finally:
+        world.gateway.engine.stream, inner._choosing = before, None
 
 
 def test_a_note_is_text_wherever_it_is_shown(browser, world):

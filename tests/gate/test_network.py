@@ -229,6 +229,7 @@ def test_modules_find_their_group():
         ({"activation": "linear", "temperature": 2.0}, "temperature belongs"),
         ({"hidden": -1}, "hidden is -1"),
         ({"groups": ("layers.0", "layers.0")}, "named twice"),
+        ({"groups": ("layers.0", "x\r\ny: z")}, "is no group of layers"),
     ],
 )
 def test_a_specification_that_makes_no_sense_is_refused(changed, message):

@@ -13,6 +13,7 @@ from tests.serve.embedded.worlds import adapter_for
 
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.lineage import BaseId
+from lorchestra.cli import serve_registry
 from lorchestra.gate import prototypes
 from lorchestra.gate.features import FeatureSpec, features
 from lorchestra.gate.network import AdapterId, Gate, GateSpec, Known
@@ -94,26 +95,34 @@ class World:
         keys: of the server.
         apart: whether the engine has a process of its own.
         above: the gate with the last word of ``auto``.
+        versions: of a registry, which is followed.
     """
 
-    def __init__(self, base, directories, gates=None, auto=None, keys=KEYS, apart=False, above=""):
+    def __init__(self, base, directories, gates=None, auto=None, keys=KEYS, apart=False, above="", versions=None):
         self.out = io.StringIO()
         adapters = [served(name, directory) for name, directory in directories.items()]
         setup = Setup(base, device="cpu", dtype="float32", limits=Limits())
         core, tokenizer = (loaded_apart if apart else loaded_here)(setup)
         self.metrics = Metrics("base")
         self.engine = TextEngine(ContinuousEngine(core, observer=self.metrics), tokenizer, core.end_ids, core.rows)
-        self.router = Router("base", adapters, {"chief": "a"}, gates=gates or {})
+        aliases = {"chief": "a"} if "a" in directories else {}
+        self.router = Router("base", adapters, aliases, gates=gates or {}, versions=versions)
+        follower = serve_registry.follower(self.router, self.engine, self.metrics)[0] if versions else None
         self.auto = Auto(self.engine, base, auto) if auto else None
         self.choosing = Choosing(self.router, self.engine, gates or {}, self.auto, above)
         self.gateway = TenantGateway(
-            self.engine, self.router, keys, self.metrics, RequestLog(self.out), may_load=True, choosing=self.choosing
-        )
+            self.engine, self.router, keys, self.metrics, RequestLog(self.out), may_load=True, choosing=self.choosing,
+            follower=follower,
+        )  # fmt: skip
 
         @asynccontextmanager
         async def life(app):
             await self.engine.start()
+            if follower:
+                follower.start()
             yield
+            if follower:
+                await follower.stop()
             await self.engine.stop(1)
 
         self.client = TestClient(create_app(self.gateway, HttpSettings(True), life))
@@ -138,6 +147,11 @@ class World:
         assert answer.status_code == 200, answer.text
         body = answer.json()
         return body["choices"], coefficients(answer.headers.get("x-lorchestra-coefficients")), body.get("lorchestra")
+
+    def said_raw(self, model, **more):
+        """The choices, the header that tells the coefficients, and the field."""
+        answer = self.ask(model, **more)
+        return answer.json()["choices"], answer.headers["x-lorchestra-coefficients"], answer.json()["lorchestra"]
 
     def refused(self, model, **more):
         answer = self.ask(model, **more)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 import pytest
 from tests.serve.gates_world import gate_of, write_adapters
@@ -16,7 +17,8 @@ from lorchestra.errors import AdapterError, SourceError, UserError
 from lorchestra.events import SILENT
 from lorchestra.gate import store
 from lorchestra.serve.config import ServeConfig
-from lorchestra.serve.engine import Choice, Chunk, Target, Usage
+from lorchestra.serve.engine import Choice, Chunk, Served, Target, Usage
+from lorchestra.serve.responses import answered_by, chosen
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def test_a_delivered_gate_brings_its_adapters_along_and_other_ones_of_the_name_w
     config = ServeConfig(base=str(tiny_dir), gates={"triage": str(delivered)})
     found = serve_gates.gates(config, SILENT)
     places = {"a": tmp_path / "elsewhere"}
-    serve_gates.add_members(config, found, places)
+    serve_gates.add_members(config, found, places, None)
     assert places == {"a": tmp_path / "elsewhere", "b": delivered / "adapters" / "b", "c": delivered / "adapters" / "c"}
 
 
@@ -108,3 +110,21 @@ def test_the_console_shows_the_choice_with_the_first_part_of_an_answer():
     }  # fmt: skip
     assert "lorchestra" not in second
     assert end == {"end": True}
+
+
+def test_what_is_told_of_groups_of_layers():
+    members = ((Served("a", "sha256:0", Path("a")), 0.25), (Served("b", "sha256:1", Path("b"), reference="b@v2"), 0.5))
+    layers = {"layers.0-9": (0.5, 0.0), "layers.10-19": (0.0, 1.0), "other": (0.0, 0.0)}
+    told = {"layers.0-9": {"a": 0.5}, "layers.10-19": {"b": 1.0}, "other": {}}
+    target = Target("triage", members, choice=Choice("triage", {"a": 0.25, "b": 0.5}, (), told), layers=layers)
+    assert answered_by(target) == {
+        "x-lorchestra-model": "layers.0-9:a=0.5;layers.10-19:b@v2=1.0;other:none",
+        "x-lorchestra-coefficients": "layers.0-9:a=0.5;layers.10-19:b=1.0;other:none",
+    }
+    assert chosen(target) == {
+        "lorchestra": {"gate": "triage", "coefficients": {"a": 0.25, "b": 0.5}, "layers": told}
+    }  # fmt: skip
+    # A mean of 1 is not an adapter at 1.
+    one = Target("triage", ((members[0][0], 1.0),), layers={"layers.0-9": (0.5,), "layers.10-19": (1.5,)})
+    assert one.single is None
+    assert answered_by(one) == {"x-lorchestra-model": "layers.0-9:a=0.5;layers.10-19:a=1.5"}

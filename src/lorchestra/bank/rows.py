@@ -171,20 +171,47 @@ class RowBank:
         acting = [(factors, c) for factors, c in members if c != 0.0 and factors.rank]
         if len(acting) == 1 and acting[0][1] == 1.0:
             return acting[0][0]
-        widest = sum(factors.rank for factors, _ in acting)
-        self._bound(name, widest)
-        rank = _rounded(widest)
+        return self.mixed_by_layers(name, [(factors, (c,)) for factors, c in acting], dict.fromkeys(self._group_of, 0))
+
+    def mixed_by_layers(
+        self, name: str, members: Sequence[tuple[RowFactors, Sequence[float]]], parts: Mapping[str, int]
+    ) -> RowFactors:
+        """Σ c·ΔW with other coefficients in every part of the modules.
+
+        A part pays for the members that act in it, so the row's rank is that of the dearest part.
+
+        Args:
+            name: for messages.
+            members: factors, and their coefficients by part.
+            parts: module path → index of its part; in a module that is in none, no member may change anything.
+
+        Raises:
+            AdapterError: the ranks exceed ``max_rank`` in the sum of a part, or a member changes a module of no part.
+        """
+        widths = [
+            sum(factors.rank for factors, c in members if c[part] != 0.0) for part in range(max(parts.values()) + 1)
+        ]
+        self._bound(name, max(widths))
+        rank = _rounded(max(widths))
         places, size = _layout(self.groups, rank)
         flat = torch.zeros(size, dtype=self.dtype, device=self.device)
-        at = 0
-        for factors, c in acting:
+        at = [0] * len(widths)
+        for factors, c in members:
             theirs, _ = _layout(self.groups, factors.rank)
             for path in self._group_of:
-                A, B = self._room_of(flat, places, path, rank, at, factors.rank)
                 a, b = self._room_of(factors.flat, theirs, path, factors.rank, 0, factors.rank)
+                part = parts.get(path)
+                if part is None and bool(b.any()):
+                    raise AdapterError(
+                        f"{name!r}: an adapter changes module {path!r}, for which there is no coefficient; its groups "
+                        "of layers were made for other adapters"
+                    )
+                if part is None or c[part] == 0.0:
+                    continue
+                A, B = self._room_of(flat, places, path, rank, at[part], factors.rank)
                 A.copy_(a)
-                torch.mul(b, c, out=B)
-            at += factors.rank
+                torch.mul(b, c[part], out=B)
+            at = [begun + factors.rank * (acts != 0.0) for begun, acts in zip(at, c, strict=True)]
         return RowFactors(rank, flat)
 
     def put(self, row: int, factors: RowFactors) -> None:

@@ -308,7 +308,8 @@ def _run(config: ServeConfig) -> None:
             places[name] = path
     reporter = make_reporter()
     gates = serve_gates.gates(config, reporter)
-    serve_gates.add_members(config, gates, places)
+    versions = serve_registry.versions(config, reporter)
+    serve_gates.add_members(config, gates, places, versions)
     roots = [Path(root) for root in config.lora_roots]
     for root in roots:
         if not root.is_dir():
@@ -317,7 +318,6 @@ def _run(config: ServeConfig) -> None:
     adapters = [served(name, path) for name, path in places.items()]
     called = config.name or base_name(config.base)
     log = serve_console.counted(config, log, called)
-    versions = serve_registry.versions(config, reporter)
     router = Router(
         called, adapters, config.aliases, most_members=config.max_mixture, roots=roots, versions=versions, gates=gates
     )

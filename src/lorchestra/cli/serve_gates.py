@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorchestra.serve.config import ServeConfig
     from lorchestra.serve.engine import Engine
     from lorchestra.serve.routing import Router
+    from lorchestra.serve.versions import Versions
 
 BESIDE = "adapters"  # in a gate's directory, where a run delivers its members with it
 
@@ -46,13 +47,19 @@ def gates(config: ServeConfig, reporter: Reporter) -> dict[str, Gate]:
     return found
 
 
-def add_members(config: ServeConfig, gates: Mapping[str, Gate], places: dict[str, Path]) -> None:
-    """Serve the adapters that lie in a gate's own directory, where none of that name was given."""
+def add_members(
+    config: ServeConfig, gates: Mapping[str, Gate], places: dict[str, Path], versions: Versions | None
+) -> None:
+    """Serve the adapters that lie in a gate's own directory, where none of that name was given.
+
+    Those whose weights the registry has are its own: what is revoked there must not go on from here.
+    """
     for name, gate in gates.items():
-        for member in gate.members:
-            place = Path(config.gates[name]) / BESIDE / member
-            if member not in places and place.is_dir():
-                places[member] = place
+        for member in gate.spec.adapters:
+            place = Path(config.gates[name]) / BESIDE / member.name
+            followed = versions is not None and versions.view.snapshot.holding(member.digest)
+            if member.name not in places and place.is_dir() and not followed:
+                places[member.name] = place
 
 
 def choosing(config: ServeConfig, router: Router, engine: Engine, gates: Mapping[str, Gate]) -> Choosing | None:

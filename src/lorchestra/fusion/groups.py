@@ -96,6 +96,11 @@ def part_of(adapter: Adapter, paths: Iterable[str]) -> Adapter:
     return replace(adapter, modules={path: update for path, update in adapter.modules.items() if path in kept})
 
 
+def is_group(label: str) -> bool:
+    """Whether it is a label of :func:`layer_groups`: ``layers.0-9``, ``layers.10`` or ``other``."""
+    return label == OTHER or _LAYERS.fullmatch(label) is not None
+
+
 def matches(pattern: str, path: str) -> bool:
     """Whether a pattern of a :class:`Rule` means ``path``."""
     numbers = _LAYERS.fullmatch(pattern)

@@ -103,4 +103,4 @@ def _judged(
     told = "; ".join(
         f"{domain!r}: {names[int(share.argmax())]!r} {float(share.max()):.0%}" for domain, share in shares.items()
     )
-    return "routes", f"The gate routes; who has most of the weight: {told}."
+    return "routes", f"The gate routes; who has most of the weight on the validation examples: {told}."

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lorchestra.adapter.digest import json_digest, tensor_bytes
 from lorchestra.adapter.lineage import BaseId
 from lorchestra.errors import AdapterError, UserError
-from lorchestra.fusion.groups import matches
+from lorchestra.fusion.groups import is_group, matches
 from lorchestra.gate.features import FeatureSpec
 from lorchestra.registry.reference import check_name
 
@@ -47,8 +47,8 @@ class GateSpec:
         base: whose states it reads.
         features: which of them.
         activation: ``softmax`` (not negative, sum 1), ``sigmoid`` (each between 0 and 1) or ``linear`` (any).
-        groups: patterns of groups of layers (``layers.0-9``, ``other``), each with coefficients of its own; none: one
-            for all modules.
+        groups: of layers (``layers.0-9``, ``layers.10``, ``other``), each with coefficients of its own; none: one for
+            all modules.
         top_k: so many members act at most, the greatest by size; ``None``: all.
         none: with softmax the base competes as a member: its share of the sum is nobody's, and where it is the
             greatest of ``top_k`` = 1 no member acts.
@@ -56,8 +56,8 @@ class GateSpec:
         hidden: units of a hidden layer; 0: a linear network.
 
     Raises:
-        UserError: a member without a name or digest, or twice; a number out of range; ``none`` without softmax; a
-            temperature with ``linear``.
+        UserError: a member without a name or digest, or twice; a number out of range; a group of layers that is none;
+            ``none`` without softmax; a temperature with ``linear``.
     """
 
     name: str
@@ -106,6 +106,9 @@ class GateSpec:
             raise UserError(f"hidden is {self.hidden} units; expected 0 (a linear network) or more")
         if len(set(self.groups)) != len(self.groups):
             raise UserError(f"groups of layers are named twice: {', '.join(self.groups)}")
+        for group in self.groups:
+            if not is_group(group):
+                raise UserError(f"{group[:60]!r} is no group of layers; expected layers.0-9, layers.10 or other")
 
     @property
     def members(self) -> tuple[str, ...]:

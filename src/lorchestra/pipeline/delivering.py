@@ -21,7 +21,7 @@ from lorchestra.pipeline.choosing import Chosen
 from lorchestra.pipeline.prepare import Prepared
 from lorchestra.pipeline.prototyping import combine_prototypes
 
-FUSE_VERSION = 1
+FUSE_VERSION = 2
 MERGE_VERSION = 3  # the base's own rounding is told apart
 PARITY_PROMPTS = 3
 

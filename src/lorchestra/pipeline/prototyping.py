@@ -39,13 +39,15 @@ def write_prototypes(
 
 
 def combine_prototypes(adapter: Adapter, parts: Mapping[str, Path], directory: Path) -> None:
-    """Of a fusion: it is for the prompts that its members are for. Nothing, unless all stages among them have some.
+    """Of a fusion: it is for the prompts that its members are for. Nothing, unless all stages among them have some;
+    what an earlier adapter left there goes.
 
     Args:
         adapter: the fused one.
-        parts: stage → directory of its adapter.
+        parts: stage → directory of its adapter; those that count.
         directory: of the fused adapter.
     """
+    (directory / prototypes.FILE).unlink(missing_ok=True)  # not written over: it may be a hard link
     found = [prototypes.load(part, Adapter.load(part).digest) for part in parts.values()]
     known = [one for one in found if one is not None and one.prompts]
     if known and len(known) == len(found):

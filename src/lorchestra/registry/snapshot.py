@@ -121,6 +121,18 @@ class Snapshot:
             for alias, line in found.pointers.items():
                 yield name, alias, line
 
+    def holding(self, digest: str) -> Sequence[Line]:
+        """Versions of any name with the weights ``digest``: those that are not revoked first, then by name, the newest
+        first."""
+        return self._by_digest.get(digest, ())
+
+    @cached_property
+    def _by_digest(self) -> Mapping[str, Sequence[Line]]:
+        found: dict[str, list[Line]] = {}
+        for line in sorted(self.by_id.values(), key=lambda line: (line.revoked is not None, line.name, -line.number)):
+            found.setdefault(line.digest, []).append(line)
+        return found
+
     @classmethod
     def read(cls, catalog: Catalog, before: Snapshot | None = None) -> Snapshot:
         """As it is now.

@@ -6,10 +6,9 @@ neither answers, nor headers, nor the coefficients of its own adapters tell of t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +38,26 @@ NEAREST = 3  # training prompts that explain a choice
 Members = Sequence[tuple[Reference, float]]
 
 
+@dataclass(frozen=True)
+class _Mix:
+    """What a prompt gets; arguments as of :class:`~lorchestra.serve.engine.Target`."""
+
+    members: Members = ()
+    layers: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def told(self, gate: str, nearest: tuple[Mapping[str, Any], ...]) -> Choice:
+        names = [_called(reference) for reference, _ in self.members]
+        layers = {
+            group: {name: c for name, c in zip(names, found, strict=True) if c} for group, found in self.layers.items()
+        }
+        return Choice(gate, dict(zip(names, (c for _, c in self.members), strict=True)), nearest, layers)
+
+
+def _called(reference: Reference) -> str:
+    """A member's name; of one that the registry has under another name, the version."""
+    return reference.name if reference.version is None else str(reference)
+
+
 def read_gate(name: str, directory: Path, base: BaseId, most: int) -> Gate:
     """A gate that can be served.
 
@@ -49,20 +68,18 @@ def read_gate(name: str, directory: Path, base: BaseId, most: int) -> Gate:
         most: members that may answer together.
 
     Raises:
-        UserError: it is of another base, damaged, or one that is not served.
+        UserError: it is of another base, damaged, or mixes more adapters than may answer together.
     """
     gate = load(directory, None, base)
     spec = gate.spec
-    if spec.groups:
-        raise UserError(
-            f"gate {name!r} has coefficients for each of {len(spec.groups)} groups of layers, and a server mixes whole "
-            "adapters; fit it without --groups"
-        )
-    together = min(len(spec.adapters), spec.top_k or len(spec.adapters))
+    groups = max(1, len(spec.groups))
+    together = min(len(spec.adapters), groups * (spec.top_k or len(spec.adapters)))
     if together > most:
+        each = f" ({spec.top_k} in each of {groups} groups of layers)" if spec.top_k and groups > 1 else ""
+        fewer = f"fit it with --top-k {most // groups}" if most >= groups else "fit it with fewer --groups"
         raise UserError(
-            f"gate {name!r} mixes up to {together} adapters for an answer, and at most {most} may be here; fit it with "
-            f"--top-k {most}, or set max_mixture: {together} in the configuration file"
+            f"gate {name!r} mixes up to {together} adapters for an answer{each}, and at most {most} may be here; "
+            f"{fewer}, or set max_mixture: {together} in the configuration file"
         )
     for member in spec.adapters:
         Reference(member.name, member.digest)
@@ -80,7 +97,8 @@ class Choosing:
         above: name of a gate that has the last word of ``auto`` where it finds one of the gate's members; empty: none.
 
     Raises:
-        UserError: a gate was fitted on an adapter that is not here, or not with these weights; no gate is ``above``.
+        UserError: a gate was fitted on an adapter that is neither here nor in the registry, or not with these weights;
+            no gate is ``above``.
     """
 
     def __init__(
@@ -101,10 +119,11 @@ class Choosing:
         }
         for name, members in self._members.items():
             for member in members:
-                if not router.knows(member):
+                if not router.places(member):
+                    there = " and not in the registry" if router.versions else ""
                     raise UserError(
                         f"gate {name!r} was fitted on {member.name!r} with digest {member.digest[:23]}…, which is not "
-                        f"here; serve that adapter as --adapter {member.name}=DIR, or fit the gate again"
+                        f"here{there}; serve that adapter as --adapter {member.name}=DIR, or fit the gate again"
                     )
 
     def has(self, model: str) -> bool:
@@ -120,27 +139,27 @@ class Choosing:
             StoppingError, AdapterError: as :meth:`lorchestra.serve.routing.Router.resolve`.
         """
         gate = self._gates.get(body.model)
-        if gate is not None and not any(self._allowed(body.model, key)):
+        if gate is not None and not any(self._places(body.model, key)):
             raise unknown(body.model)
         x = await self._seen(body, FEATURES if gate is None else gate.spec.features)
         while True:
-            members = await self._routed(key, body, x) if gate is None else self._mixed(body.model, gate, key, x)
+            mix = await self._routed(key, body, x) if gate is None else self._mixed(body.model, gate, key, x)
             try:
-                target = self._router.mixed(key, body.model, members, body.user or "")
+                target = self._router.mixed(key, body.model, mix.members, body.user or "")
             except ColdError as cold:
                 assert self._router.versions is not None  # it says so
                 with suppress(AdapterError):  # it cannot be served here, and is no candidate from now on
                     await self._router.versions.prepare(cold.line)
                 continue
-            told = {reference.name: c for reference, c in members}
-            return replace(target, choice=Choice(body.model, told, self._nearest(body.model, key, x)))
+            choice = mix.told(body.model, self._nearest(body.model, key, x))
+            return replace(target, layers=mix.layers, choice=choice)
 
     def cards(self, key: Key) -> Sequence[Card]:
         """What ``key`` may ask: gates with a member that it may use, and ``auto``."""
         router = self._router
         out = []
-        for name, members in self._members.items():
-            own = tuple(member.name for member in members if router.usable(key, member))
+        for name in self._members:
+            own = tuple(_called(place) for place in self._places(name, key) if place is not None)
             if own:
                 out.append(Card(name, router.created, router.base, max_length=router.max_length, chooses=own))
         if self._auto is not None:
@@ -153,7 +172,7 @@ class Choosing:
         seen = await self._engine.features(body, spec.layers, spec.last)
         return torch.tensor([seen], dtype=torch.float32) if seen else None
 
-    async def _routed(self, key: Key, body: CompletionRequest | ChatRequest, x: Tensor | None) -> Members:
+    async def _routed(self, key: Key, body: CompletionRequest | ChatRequest, x: Tensor | None) -> _Mix:
         """Of ``auto``. What is revoked while a router is made is no candidate of the next."""
         assert self._auto is not None  # has(model)
         while x is not None:
@@ -163,38 +182,59 @@ class Choosing:
             if self._router.present(key).keys() >= {member.name for member, _ in members}:
                 break
         else:
-            return ()
+            return _Mix()
         gate = self._gates.get(self._above)
         if gate is None or not members or not self._is_member(self._above, members[0][0], present):
-            return members
+            return _Mix(members)
         return self._mixed(self._above, gate, key, await self._seen(body, gate.spec.features))
 
     def _is_member(self, gate: str, reference: Reference, present: Mapping[str, Served]) -> bool:
         """Whether an adapter is one of the gate's, with the weights that it was fitted on."""
-        return Reference(reference.name, present[reference.name].digest) in self._members[gate]
+        digest = present[reference.name].digest
+        return any(
+            member.digest == digest and any(place.name == reference.name for place in self._router.places(member))
+            for member in self._members[gate]
+        )
 
-    def _mixed(self, model: str, gate: Gate, key: Key, x: Tensor | None) -> Members:
-        """Of a gate."""
-        allowed = self._allowed(model, key)
+    def _mixed(self, model: str, gate: Gate, key: Key, x: Tensor | None) -> _Mix:
+        """Of a gate. Where its groups of layers get the same coefficients, they are those of the whole adapters."""
+        places = self._places(model, key)
+        allowed = [place is not None for place in places]
         if not any(allowed):
             raise unknown(model)
         if x is None:
-            return ()
+            return _Mix()
         with torch.no_grad():
-            found = gate.coefficients(x, torch.tensor(allowed))[0].tolist()
-        if not all(math.isfinite(c) for c in found):
+            found = gate.coefficients(x, torch.tensor(allowed))[0]
+        if not bool(found.isfinite().all()):
             raise AdapterError(f"gate {model!r} makes no finite coefficients of this prompt; fit it again")
-        rounded = ((member, round(c, DIGITS)) for member, c in zip(self._members[model], found, strict=True))
-        return [(member, c) for member, c in rounded if c]
+        rows = [[round(c, DIGITS) for c in row] for row in found.view(-1, len(allowed)).tolist()]  # a group each
+        members, acting = [], []
+        for k, place in enumerate(places):
+            if place is not None and any(row[k] for row in rows):
+                members.append((place, round(sum(row[k] for row in rows) / len(rows), DIGITS)))
+                acting.append(k)
+        if all(row == rows[0] for row in rows):
+            return _Mix(members)
+        layers = [tuple(row[k] for k in acting) for row in rows]
+        return _Mix(members, dict(zip(gate.spec.groups, layers, strict=True)))
 
-    def _allowed(self, model: str, key: Key) -> list[bool]:
-        return [self._router.usable(key, member) for member in self._members[model]]
+    def _places(self, model: str, key: Key) -> list[Reference | None]:
+        """Under which reference ``key`` may use each of the gate's members; ``None``: it is no candidate."""
+        usable = self._router.usable
+        return [
+            next((place for place in self._router.places(member) if usable(key, place)), None)
+            for member in self._members[model]
+        ]
 
     def _nearest(self, model: str, key: Key, x: Tensor | None) -> tuple[Mapping[str, Any], ...]:
         """Training prompts may be those of any member, so they are shown to those alone who may use all of them."""
         gate = self._gates.get(model)
-        if gate is None or x is None or not all(key.may_use(member.name) for member in self._members[model]):
+        if gate is None or x is None:
             return ()
+        for member in self._members[model]:
+            if not any(key.may_use(place.name) for place in self._router.places(member) or (member,)):
+                return ()
         told: list[Mapping[str, Any]] = []
         for one in gate.explain(x, NEAREST)[0]:
             shown: dict[str, Any] = {"similarity": round(one.similarity, 4), "digest": one.known.digest}

@@ -90,13 +90,16 @@ class Choice:
     Args:
         gate: its name, or ``auto``.
         coefficients: name of an adapter → its coefficient, in the order of the answer's members; the others have 0, and
-            where all have, the base answers.
+            where all have, the base answers. With ``layers`` the mean over these, each counting once.
         nearest: of the prompts that the gate was fitted on, those that this one is nearest to, as plain JSON.
+        layers: group of layers → name of an adapter → its coefficient there, but for 0; of a gate that gave groups of
+            layers different ones.
     """
 
     gate: str
     coefficients: Mapping[str, float]
     nearest: tuple[Mapping[str, Any], ...] = ()
+    layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,12 @@ class Target:
 
     Args:
         asked: the request's ``model``, which the response repeats.
-        members: adapters and their coefficients.
+        members: adapters and their coefficients; with ``layers`` the mean over these.
         arm: ``stable`` or ``candidate``, where a canary splits this traffic and the request counts for it.
         rollout: id of that canary.
         choice: who chose the members, where it was not the request itself.
+        layers: group of layers (``layers.0-9``) → the members' coefficients there, in their order; none: the members'
+            own hold in all layers.
     """
 
     asked: str
@@ -116,11 +121,13 @@ class Target:
     arm: Literal["", "stable", "candidate"] = ""
     rollout: int | None = None
     choice: Choice | None = None
+    layers: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def single(self) -> Served | None:
         """The one adapter at coefficient 1, whose template, system prompt and defaults then hold."""
-        return self.members[0][0] if len(self.members) == 1 and self.members[0][1] == 1.0 else None
+        alone = len(self.members) == 1 and self.members[0][1] == 1.0 and not self.layers
+        return self.members[0][0] if alone else None
 
 
 @dataclass(frozen=True)

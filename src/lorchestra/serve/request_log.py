@@ -53,9 +53,12 @@ class RequestLog:
 
 
 def members_of(target: Target) -> Sequence[Mapping[str, Any]]:
-    """The adapters of a request as a log line has them; of a registry with the version."""
+    """The adapters of a request as a log line has them; of a registry with the version, and with the coefficients of
+    groups of layers where these differ.
+    """
     return [
         {"adapter": adapter.name, "key": adapter.key, "digest": adapter.digest, "coefficient": coefficient}
         | ({"version": adapter.reference} if adapter.reference else {})
-        for adapter, coefficient in target.members
+        | ({"layers": {group: found[i] for group, found in target.layers.items()}} if target.layers else {})
+        for i, (adapter, coefficient) in enumerate(target.members)
     ]

@@ -173,18 +173,34 @@ def model(card: Card) -> dict[str, Any]:
 def answered_by(target: Target | None) -> dict[str, str]:
     """Headers that say who answered: ``clinic@v2``, an adapter of no registry by its name, a mixture with its weights;
     nothing for the base. Where a gate chose, its coefficients: ``clinic=0.7,law=0.3``, or ``none``.
+
+    Where groups of layers have their own, group by group: ``layers.0-9:clinic=0.7,law=0.3;layers.10-19:none``.
     """
     if target is None:
         return {}
     choice = {}
     if target.choice is not None:
-        told = ",".join(f"{name}={c!r}" for name, c in target.choice.coefficients.items())
-        choice = {"x-lorchestra-coefficients": told or "none"}
+        layers = {group: list(found.items()) for group, found in target.choice.layers.items()}
+        told = _by_layers(layers, ",") or _weighted(list(target.choice.coefficients.items()), ",")
+        choice = {"x-lorchestra-coefficients": told}
     if not target.members:
         return choice
-    said = [(served.reference or served.name, weight) for served, weight in target.members]
-    shown = said[0][0] if target.single else "+".join(f"{name}={weight!r}" for name, weight in said)
-    return {"x-lorchestra-model": shown} | ({"x-lorchestra-arm": target.arm} if target.arm else {}) | choice
+    names = [served.reference or served.name for served, _ in target.members]
+    layers = {
+        group: [(name, c) for name, c in zip(names, found, strict=True) if c] for group, found in target.layers.items()
+    }
+    weights = [c for _, c in target.members]
+    shown = names[0] if target.single else _weighted(list(zip(names, weights, strict=True)), "+")
+    model = {"x-lorchestra-model": _by_layers(layers, "+") or shown}
+    return model | ({"x-lorchestra-arm": target.arm} if target.arm else {}) | choice
+
+
+def _weighted(coefficients: Sequence[tuple[str, float]], between: str) -> str:
+    return between.join(f"{name}={c!r}" for name, c in coefficients) or "none"
+
+
+def _by_layers(layers: Mapping[str, Sequence[tuple[str, float]]], between: str) -> str:
+    return ";".join(f"{group}:{_weighted(found, between)}" for group, found in layers.items())
 
 
 def chosen(target: Target | None) -> dict[str, Any]:
@@ -193,6 +209,8 @@ def chosen(target: Target | None) -> dict[str, Any]:
         return {}
     choice = target.choice
     told: dict[str, Any] = {"gate": choice.gate, "coefficients": dict(choice.coefficients)}
+    if choice.layers:
+        told["layers"] = {group: dict(found) for group, found in choice.layers.items()}
     if choice.nearest:
         told["nearest"] = [dict(one) for one in choice.nearest]
     return {"lorchestra": told}

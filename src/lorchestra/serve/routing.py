@@ -111,6 +111,15 @@ class Router:
         """Whether there is such an adapter, revoked or not."""
         return self._find(reference) is not None
 
+    def places(self, reference: Reference) -> Sequence[Reference]:
+        """Where the weights of a name and whole digest are: there, revoked or not; else the versions of the registry's
+        other names that have them, by which permissions and revocations then go.
+        """
+        if self.knows(reference):
+            return (reference,)
+        lines = self.versions.view.snapshot.holding(reference.digest) if self.versions else ()
+        return tuple(Reference(line.name, f"v{line.number}") for line in lines if not self._taken(line.name))
+
     def usable(self, key: Key, reference: Reference) -> bool:
         """Whether ``key`` may use it and it is there: neither revoked nor known to be unfit for this server."""
         one = self._find(reference) if key.may_use(reference.name) else None

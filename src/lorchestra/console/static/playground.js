@@ -129,13 +129,15 @@ function side(letter, members, { base, names, list }) {
   };
 }
 
-/** What a gate made of the prompt: a coefficient for each adapter, and the training prompts that are nearest to it. */
-function choiceOf({ gate, coefficients, nearest = [] }) {
-  const found = Object.entries(coefficients).sort((one, other) => Math.abs(other[1]) - Math.abs(one[1]));
+/** What a gate made of the prompt: a coefficient for each adapter, in groups of layers where these differ, and the
+    training prompts that are nearest to it. */
+function choiceOf({ gate, coefficients, layers, nearest = [] }) {
+  const rows = (of) => Object.entries(of).sort((one, other) => Math.abs(other[1]) - Math.abs(one[1]))
+    .map(([name, value]) => h("div.coefficient", null, h("span", null, name), h("meter", { min: 0, max: 1, value: Math.min(Math.abs(value), 1), "aria-label": t("weight", { name }) }), h("span.number", null, f.number(value, 3))));
   return [
-    h("p.soft", null, found.length ? t("gate_chose", { gate }) : t("gate_chose_none", { gate })),
-    found.map(([name, value]) => h("div.coefficient", null, h("span", null, name), h("meter", { min: 0, max: 1, value: Math.min(Math.abs(value), 1), "aria-label": t("weight", { name }) }), h("span.number", null, f.number(value, 3)))),
+    h("p.soft", null, Object.keys(coefficients).length ? t("gate_chose", { gate }) : t("gate_chose_none", { gate })),
+    layers ? Object.entries(layers).map(([group, of]) => [h("p", null, group), Object.keys(of).length ? rows(of) : h("p.soft", null, t("base_alone"))]) : rows(coefficients),
     nearest.length ? h("p.soft", null, t("nearest_prompts")) : null,
     nearest.length ? h("ul.soft", null, nearest.map((one) => h("li", null, [f.number(one.similarity, 2), one.domain, one.text ?? one.digest.slice(0, 19)].filter(Boolean).join(" · ")))) : null,
-  ].flat().filter(Boolean);
+  ].flat(3).filter(Boolean);
 }

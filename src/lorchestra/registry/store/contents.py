@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lorchestra.adapter.adapter import Adapter
 
 CONFIG, WEIGHTS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "lorchestra.json"
+GATE = "gate.json"  # of what is none
 MOST_FILES = 64
 LONGEST = 128  # characters of a file's name
 LARGEST = 32 << 30  # bytes of all files together
@@ -160,6 +161,11 @@ def _check_not_around(directory: Path) -> None:
     """A run's directory, or one of several adapters, is not told file by file that it is none."""
     if (directory / CONFIG).exists():
         return
+    if (directory / GATE).exists():
+        raise AdapterError(
+            f"{directory} is a gate, and a registry keeps adapters: push those that it chooses among, and give the "
+            f"gate to a server, lorchestra serve BASE --registry URL --gate NAME={directory}"
+        )
     found = sorted(path.parent for form in (f"*/{CONFIG}", f"final/*/{CONFIG}") for path in directory.glob(form))
     if found:
         more = f" (or {len(found) - 1} more there)" if len(found) > 1 else ""

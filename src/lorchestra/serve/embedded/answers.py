@@ -185,7 +185,8 @@ class TextEngine:
             for choice in range(body.choices):
                 own = replace(asked, seed=_seed(asked, choice))
                 name = f"{call.id}/{next(self._numbers)}"
-                generations.append(Generation(name, call.tenant, prompt.ids, call.target.members, own))
+                who = call.target
+                generations.append(Generation(name, call.tenant, prompt.ids, who.members, own, who.layers))
         kind = Chats if isinstance(body, ChatRequest) else Completions
         texts: Format = kind(self._vocabulary, generations[0].sampling.logprobs)
         return _Plan(

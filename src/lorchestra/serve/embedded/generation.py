@@ -56,6 +56,7 @@ class Generation:
         prompt: at least one token.
         members: adapters with their coefficients; none for the base.
         sampling: how.
+        layers: group of layers → the members' coefficients there; see :class:`~lorchestra.serve.engine.Target`.
     """
 
     id: str
@@ -63,6 +64,7 @@ class Generation:
     prompt: tuple[int, ...]
     members: tuple[tuple[Served, float], ...]
     sampling: Sampling
+    layers: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

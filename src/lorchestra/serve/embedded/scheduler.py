@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lorchestra.bank.rows import Acting, Group, RowBank, RowFactors
 from lorchestra.errors import AdapterError, LorchestraError
+from lorchestra.fusion.groups import matches
 from lorchestra.serve.embedded.generation import Finish, Generation, Produced, Token
 from lorchestra.serve.embedded.residents import Residents
 from lorchestra.serve.embedded.sampler import Draws, NotFiniteError, choose, score
@@ -140,6 +141,7 @@ class Scheduler:
         self._loading: list[Running] = []
         self._reading: list[Running] = []
         self._decoding: dict[int, Running] = {}  # by row
+        self._parts: dict[tuple[str, ...], dict[str, int]] = {}  # by the groups of layers that gates have
         self._acting: tuple[list[Running], Acting] | None = None  # of the decoding rows, until they change
 
     @property
@@ -205,8 +207,7 @@ class Scheduler:
         for one in [one for one in self._loading if all(future.done() for future in one.loading)]:
             members = one.generation.members
             try:
-                loaded = [(future.result(), c) for future, (_, c) in zip(one.loading, members, strict=True)]
-                one.factors = self._bank.mixed("+".join(served.name for served, _ in members), loaded)
+                one.factors = self._mixed(one.generation, [future.result() for future in one.loading])
             except LorchestraError as error:
                 self.fail(one, error)
                 continue
@@ -215,6 +216,23 @@ class Scheduler:
             self._reading.append(one)
             if self._observer is not None:
                 self._observer.waited(members, time.monotonic() - one.came)
+
+    def _mixed(self, generation: Generation, factors: Sequence[RowFactors]) -> RowFactors:
+        """The sum that answers."""
+        name = "+".join(served.name for served, _ in generation.members)
+        if not generation.layers:
+            return self._bank.mixed(name, [(own, c) for own, (_, c) in zip(factors, generation.members, strict=True)])
+        parts = self._parts_of(tuple(generation.layers))
+        by_part = zip(factors, zip(*generation.layers.values(), strict=True), strict=True)
+        return self._bank.mixed_by_layers(name, list(by_part), parts)
+
+    def _parts_of(self, patterns: tuple[str, ...]) -> dict[str, int]:
+        """Module path → index of its group of layers; found once for each gate."""
+        if patterns not in self._parts:
+            paths = [path for group in self._decoder.groups for path in group.paths]
+            found = {path: next((i for i, one in enumerate(patterns) if matches(one, path)), None) for path in paths}
+            self._parts[patterns] = {path: i for path, i in found.items() if i is not None}
+        return self._parts[patterns]
 
     def _read(self) -> None:
         chosen, longest = self._chunk()

@@ -20,6 +20,7 @@ from lorchestra.pipeline.delivering import fuse_step
 from lorchestra.pipeline.figures import tools_of
 from lorchestra.pipeline.lazy import LazyBase
 from lorchestra.pipeline.prepare import Prepared, prepare, prepare_beside
+from lorchestra.pipeline.prototyping import combine_prototypes
 from lorchestra.pipeline.training import Trained
 from lorchestra.recipe.recipe import Recipe
 from lorchestra.sweep.matrix.outcome import BASE, DELIVERED, SHARED, Outcome, judged
@@ -28,7 +29,7 @@ from lorchestra.sweep.trainer import Trainer, sealed_test
 from lorchestra.train.context import final_weights
 from lorchestra.train.stage import StageInputs
 
-VERSION = 1  # raise it when the same department would be delivered or judged otherwise
+VERSION = 2  # raise it when the same department would be delivered or judged otherwise
 
 
 class DepartmentWorker:
@@ -97,7 +98,8 @@ class DepartmentWorker:
                 return {"state": "diverged"}
             members = {**others, name: trained.adapter}
             chosen = weights_of(prepared, name, members)
-            fused, told = self._deliver(work, prepared, department, members, chosen)
+            parts = {key: found.step.directory / "adapter" for key, found in {**stages, name: trained}.items()}
+            fused, told = self._deliver(work, prepared, department, members, chosen, parts)
             write_json(work / "outcome.json", {**_told(trained, inputs), **told})
             if domain is not None:
                 Ledger.here().enter(items, department.name, digest, domain.digest)
@@ -130,13 +132,21 @@ class DepartmentWorker:
         department: Department,
         members: Mapping[str, Adapter],
         chosen: Chosen,
+        parts: Mapping[str, Path],
     ) -> tuple[Adapter, dict[str, Any]]:
-        """The department's adapter into ``work/adapter``, under its own name; what is told of it."""
+        """The department's adapter into ``work/adapter``, under its own name; what is told of it.
+
+        It is known by its own prompts: those of the shared stages are every department's, and tell none from another.
+        ``parts``: stage → directory of its adapter.
+        """
         weights = {key: weight for key, weight in chosen.weights.items() if weight}
         taking = {key: members[key] for key in weights}
         called = replace(prepared, recipe=prepared.recipe.model_copy(update={"name": department.name}))
-        fused, step = fuse_step(called, taking, replace(chosen, weights=weights), self.trainer.cache, self.reporter)
+        cache, own, summed = self.trainer.cache, self.matrix.stage, replace(chosen, weights=weights)
+        stages = {key: directory for key, directory in parts.items() if weights.get(key, 0.0) > 0}
+        fused, step = fuse_step(called, taking, summed, cache, self.reporter, stages)
         place(step.directory / "adapter", work / "adapter")
+        combine_prototypes(fused, {own: parts[own]} if own in stages else {}, work / "adapter")
         told = {
             "weights": weights,
             "members": {key: adapter.digest for key, adapter in taking.items()},
