@@ -7,10 +7,9 @@ Prints one table a part and writes ``benchmarks/results/gate.json``::
     python benchmarks/gate.py --run runs/four-domains --only cost --only choice
     python benchmarks/gate.py --short                                 # a tiny random base: for CI
 
-- accuracy: of the sealed test's prompts, the share that goes to its own domain's adapter, by states after l layers. The
-  gate is the warm start (no training end to end), which knows each adapter's losses on ``--examples`` training prompts
-  a domain, and no domains; the router knows the same prompts; naive Bayes counts their words. 95 % intervals (Wilson,
-  by group).
+- accuracy: of the sealed test's prompts, the share that goes to its own domain's adapter, by states after l layers. All
+  know the training prompts with their domains; the gate is the warm start (no training end to end), and knows each
+  adapter's losses on ``--examples`` of them a domain; naive Bayes counts words. 95 % intervals (Wilson, by group).
 - losses: sealed-test losses of the base, each adapter, the best static weights of a search on λ-validation, an oracle
   that is told the domain, and a gate trained end to end; paired intervals by group.
 - cost: the features of a prompt over its prefill (all layers, logits of the last position), in one process, turn about;
@@ -105,7 +104,7 @@ def about(asked: argparse.Namespace, case: Case) -> dict[str, Any]:
 
 def accuracy(asked: argparse.Namespace, case: Case) -> dict[str, Any]:
     """By gate, router and naive Bayes, for every l."""
-    train, test = case.drawn(asked.examples), case.prompts("test")
+    train, test = case.prompts("train"), case.prompts("test")
     truth, groups = [one.domain for one in test], [one.group for one in test]
     rows: dict[str, dict[str, Any]] = {}
     for layers in case.layers(LAYERS):
@@ -115,7 +114,7 @@ def accuracy(asked: argparse.Namespace, case: Case) -> dict[str, Any]:
             rows.setdefault(name, {})[str(layers)] = shares(truth, names, groups)
     words = naive_bayes([(one.text, one.domain) for one in train], [one.text for one in test])
     rows["naive Bayes on words"] = {"0": shares(truth, words, groups)}
-    return {"train": len(train), "test": len(test), "rows": rows}
+    return {"train": len(train), "scored": len(case.drawn(asked.examples)), "test": len(test), "rows": rows}
 
 
 def states(case: Case, layers: int, prompts: Sequence[Any], asked: argparse.Namespace) -> Any:

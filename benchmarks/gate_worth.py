@@ -40,6 +40,7 @@ def fitted(asked: argparse.Namespace, case: Case, layers: int, epochs: float, st
         settings = FitSettings(layers=layers, epochs=epochs, keep_prompts=True)
         return fit(
             bank, members, train, held, settings, name="domains", pad_id=pad_id, measured=known, start=start,
+            prompts=[(one.domain, one.item.prompt) for one in case.prompts("train")],
         )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 //
 // Rows of a store lie `pitch` elements apart.
 
+#include <algorithm>
 #include <vector>
 
 #include "rows.h"
@@ -12,14 +13,25 @@ template <class F, class X>
 void add(const F* flat, int64_t pitch, int64_t rows, const int64_t* positions, const X* x, int64_t x_pitch, int64_t n,
          X* const* y, const int64_t* y_pitch, int64_t rank, int64_t modules, int64_t A, const int64_t* B,
          const int64_t* m) {
+  const Modules of{modules, A, B, m};
 #pragma omp parallel
   {
-    std::vector<float> z(modules * rank);
+    std::vector<float> z(FOUR * modules * rank);
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t position = positions ? positions[row] : row;
-      add_updates(flat + row * pitch, rank, Modules{modules, A, B, m}, x + position * x_pitch, n,
-                  [&](int64_t i) { return y[i] + position * y_pitch[i]; }, z.data());
+    for (int64_t first = 0; first < rows; first += FOUR) {
+      const F* own[FOUR];
+      const X* from[FOUR];
+      int64_t at[FOUR];
+      const int64_t count = std::min(FOUR, rows - first);
+      for (int64_t s = 0; s < count; ++s) {
+        own[s] = flat + (first + s) * pitch;
+        at[s] = positions ? positions[first + s] : first + s;
+        from[s] = x + at[s] * x_pitch;
+      }
+      const auto to = [&](int64_t s, int64_t i) { return y[i] + at[s] * y_pitch[i]; };
+      if (count == FOUR && add_updates_of_four(own, rank, of, from, n, to, z.data())) continue;
+      for (int64_t s = 0; s < count; ++s)
+        add_updates(own[s], rank, of, from[s], n, [&](int64_t i) { return to(s, i); }, z.data());
     }
   }
 }

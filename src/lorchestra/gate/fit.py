@@ -35,7 +35,7 @@ from lorchestra.gate.measure import (
 )
 from lorchestra.gate.network import AdapterId, Gate, GateSpec, Known
 from lorchestra.gate.settings import FitSettings
-from lorchestra.gate.warm import set_static, warm_start
+from lorchestra.gate.warm import Scored, set_static, warm_start
 from lorchestra.objective.attention import quick_attention
 from lorchestra.objective.batch import Batch
 from lorchestra.objective.logprobs import branch_logprobs
@@ -101,10 +101,12 @@ class _Part:
         losses = torch.tensor(rows, dtype=torch.float64)
         return cls(examples, x, losses, margins, domain_shares(examples, losses[:, 0].tolist()))
 
-    def per_token(self) -> Tensor:
-        """Losses over the tokens of the answer; of pairs as they are."""
+    def scored(self) -> Scored:
+        """With losses over the tokens of the answer; of pairs as they are."""
         counts = [example.scored.supervised if example.kind == "sft" else 1 for example in self.examples]
-        return self.losses / torch.tensor(counts, dtype=self.losses.dtype).clamp(min=1)[:, None]
+        tokens = torch.tensor(counts, dtype=self.losses.dtype).clamp(min=1)
+        domains = [example.domain for example in self.examples]
+        return Scored(self.x, self.losses / tokens[:, None], domains, self.shares.to(tokens) * tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +174,7 @@ def fit(
     betas: Mapping[str, float] | None = None,
     measured: Measured | None = None,
     start: Mapping[str, float] | None = None,
+    prompts: Sequence[tuple[str, tuple[int, ...]]] = (),
     reporter: Reporter = SILENT,
 ) -> Fitted:
     """Train a gate over ``members``.
@@ -187,6 +190,8 @@ def fit(
         betas: domain → β of preference pairs.
         measured: from :func:`~lorchestra.gate.measure.measure` of the same, where several gates are fitted.
         start: member → λ, static weights to begin from if they are better than the warm start.
+        prompts: further training prompts, each with its domain, one of those in ``train``: nobody scores them, the warm
+            start takes their domain's mean losses for theirs.
         reporter: progress.
 
     Raises:
@@ -197,10 +202,13 @@ def fit(
     betas = betas or {}
     spec = _spec(bank, members, settings, name)
     check_examples(train, validation)
-    with reporter.task("features", len(train) + len(validation), "prompt") as task:
-        prompts = [[example.item.prompt for example in part] for part in (train, validation)]
-        seen = [features(bank.model, part, spec.features) for part in prompts]
-        task.advance(len(train) + len(validation))
+    more = _further(train, prompts)
+    count = len(train) + len(validation) + len(more)
+    with reporter.task("features", count, "prompt") as task:
+        asked = [[example.item.prompt for example in part] for part in (train, validation)]
+        seen = [features(bank.model, part, spec.features) for part in asked]
+        beside = features(bank.model, [ids for _, ids in more], spec.features) if more else None
+        task.advance(count)
     if measured is None:
         measured = measure(bank, members, train, validation, pad_id=pad_id, betas=betas, reporter=reporter)
     elif measured.digest != measured_digest(bank, members, train, validation, betas):
@@ -210,7 +218,8 @@ def fit(
     paths = {path for member in members for path in bank.member(member).modules}
     mixer = _Mixer(bank, pad_id, betas, spec.group_of(sorted(paths)))
     with quick_attention(bank.model), quick_norms(bank.model):
-        gate, begun, first = _begin(mixer, spec, learn, held, start, settings)
+        further = beside, [domain for domain, _ in more]
+        gate, begun, first = _begin(mixer, spec, learn, held, further, start, settings)
         history = _train(mixer, gate, learn, held, settings, first, reporter)
     known = [Known(e.digest, e.domain, e.text[:EXCERPT] if settings.keep_prompts else "") for e in train]
     gate.remember(learn.x, known)
@@ -219,6 +228,21 @@ def fit(
     ratios["gate"] = min(check.validation for check in history)
     found = loads(spec, [example.domain for example in validation], gate.coefficients(held.x), best)
     return Fitted(gate, tuple(history), begun, ratios, found)
+
+
+def _further(
+    train: Sequence[GateExample], prompts: Sequence[tuple[str, tuple[int, ...]]]
+) -> list[tuple[str, tuple[int, ...]]]:
+    """``prompts`` that are none of the examples'.
+
+    Raises:
+        UserError: one of a domain without examples.
+    """
+    known, domains = {example.item.prompt for example in train}, {example.domain for example in train}
+    strange = sorted({domain for domain, _ in prompts} - domains)
+    if strange:
+        raise UserError(f"there are prompts of {strange[0]!r}, and no examples of it; give some")
+    return [(domain, ids) for domain, ids in prompts if ids and ids not in known]
 
 
 def _spec(bank: Bank, members: Sequence[str], settings: FitSettings, name: str) -> GateSpec:
@@ -265,6 +289,7 @@ def _begin(
     spec: GateSpec,
     learn: _Part,
     held: _Part,
+    further: tuple[Tensor | None, Sequence[str]],
     start: Mapping[str, float] | None,
     settings: FitSettings,
 ) -> tuple[Gate, Literal["warm", "static"], float]:
@@ -275,7 +300,7 @@ def _begin(
     def fresh() -> Gate:
         return Gate(spec, mean, std, settings.seed)
 
-    gate = warm_start(fresh(), learn.x, learn.per_token(), held.x, held.per_token())
+    gate = warm_start(fresh(), learn.scored(), held.scored(), *further)
     found = mixer.validate(gate, held)
     if start is not None:
         weights = torch.tensor([float(start.get(member, 0.0)) for member in spec.members])

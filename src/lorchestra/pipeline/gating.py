@@ -36,7 +36,7 @@ from lorchestra.recipe.gate import SEVERAL, candidates, reason
 from lorchestra.recipe.recipe import Recipe
 
 MEASURE_VERSION = 1
-VERSION = 1  # raise it when the same settings would fit another gate
+VERSION = 2  # raise it when the same settings would fit another gate
 SHOWN, NEAREST = 8, 3  # prompts in the report, and training prompts beside each
 
 
@@ -49,12 +49,14 @@ class GateData:
         texts: their prompts, for people.
         validation: domain → λ-validation items: for early stopping, and to choose among gates.
         asked: domain → the prompts of those items, for people.
+        further: training prompts beyond these examples, each with its stage: they are not scored.
     """
 
     train: tuple[GateExample, ...]
     texts: tuple[str, ...]
     validation: Mapping[str, Domain]
     asked: Mapping[str, tuple[str, ...]]
+    further: tuple[tuple[str, tuple[int, ...]], ...]
 
     @property
     def held_out(self) -> list[GateExample]:
@@ -123,7 +125,8 @@ def gate_inputs(
     }
     shared = {"betas": betas(recipe), "dtype": dtype}
     measured = step_digest("measure", MEASURE_VERSION, shared, needs)
-    also = {"identity": asdict(prepared.base), "texts": json_digest([data.texts, dict(data.asked)])}
+    further = json_digest([[name, list(prompt)] for name, prompt in data.further])
+    also = {"further": further, "identity": asdict(prepared.base), "texts": json_digest([data.texts, dict(data.asked)])}
     out = []
     for name, asked in zip(gate_names(recipe), wanted, strict=True):
         settings = FitSettings(**asked.model_dump(exclude={"examples"}), seed=recipe.seeds.data)
@@ -224,9 +227,12 @@ def _data(prepared: Prepared, limit: int | None, keep: bool) -> GateData:
     """At most ``limit`` training examples of every stage, and as many of λ-validation as a search uses."""
     recipe = prepared.recipe
     by_stage: list[list[tuple[GateExample, str]]] = []
+    further: list[tuple[str, tuple[int, ...]]] = []
     for stage in recipe.stages:
         data = prepared.data[stage.name]
         drawn = list(data.splits.train)
+        if limit is not None and limit < len(drawn):
+            further += [(stage.name, item.prompt) for item in data.rendered["train"]]
         if limit is not None and limit < len(drawn):
             drawn = random.Random(recipe.seeds.data).sample(drawn, limit)
         kind: Kind = "dpo" if data.task == "dpo" else "sft"
@@ -247,7 +253,8 @@ def _data(prepared: Prepared, limit: int | None, keep: bool) -> GateData:
     asked = {
         name: tuple(example.asked for example in prepared.data[name].splits.validation[:held]) for name in validation
     }
-    return GateData(tuple(e for e, _ in mixed), tuple(text for _, text in mixed), validation, asked)
+    texts = tuple(text for _, text in mixed)
+    return GateData(tuple(e for e, _ in mixed), texts, validation, asked, tuple(further))
 
 
 def _content(example: GateExample) -> list[Any]:
@@ -298,7 +305,8 @@ def _fit(
     try:
         fitted = fit(
             bank, tuple(members), data.train, data.held_out, inputs.settings, name=prepared.recipe.name,
-            pad_id=base.pad_id, betas=betas(prepared.recipe), measured=measured, start=weights, reporter=reporter,
+            pad_id=base.pad_id, betas=betas(prepared.recipe), measured=measured, start=weights,
+            prompts=data.further, reporter=reporter,
         )  # fmt: skip
         seconds, gate = time.perf_counter() - started, fitted.gate
         save(gate, work / "gate", fitted.as_dict())

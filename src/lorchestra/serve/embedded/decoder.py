@@ -96,9 +96,15 @@ class LlamaDecoder:
         alike = all(value.dtype == self.dtype for value in inner.parameters())
         compiled = kernel and alike and self.device.type == "cpu" and self.dtype in COMPILED
         self._pieces: Pieces = Compiled(described) if compiled else Stock(described)
-        linears = [p for name, p in inner.layers.named_parameters() if p.dim() == 2]
+        linears = [p for p in inner.layers.parameters() if p.dim() == 2]
+        linears += [] if model.lm_head.weight is self.embedding else [model.lm_head.weight]
         small = compiled and Single.takes(described) and fits(linears, psutil.virtual_memory().available)
-        self._single = Single(described, [_weights(layer) for layer in inner.layers]) if small else None
+        plain_head = model.lm_head.weight.dtype == self.dtype and model.lm_head.bias is None
+        self._single = (
+            Single(described, [_weights(layer) for layer in inner.layers], model.lm_head.weight)
+            if small and plain_head
+            else None
+        )
 
     @torch.inference_mode()
     def hidden_states(self, ids: Tensor, step: Reading | Decoding, bank: RowBank, acting: Acting) -> Tensor:
@@ -159,7 +165,10 @@ class LlamaDecoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Of the next token, ``[…, V]``, from ``[…, n]`` of :meth:`hidden_states`."""
-        return self.head(self._pieces.norm(hidden, self.norm))
+        hidden = self._pieces.norm(hidden, self.norm)
+        if self._single is not None and hidden.numel() == self.hidden:
+            return self._single.logits(hidden)
+        return self.head(hidden)
 
 
 def _head_norms(attention: Any) -> tuple[Tensor, Tensor] | None:

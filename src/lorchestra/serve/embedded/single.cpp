@@ -3,6 +3,7 @@
 // Weights are [outputs, inputs] as models have them; biases may be null. What lies between two products is rounded to
 // the model's dtype, as in the other passes.
 
+#include <algorithm>
 #include <numeric>
 #include <vector>
 
@@ -12,33 +13,38 @@
 
 namespace {
 
+constexpr int64_t STREAMS = 4;     // parts of a weight that are read side by side: a processor waits for several at once
+constexpr int64_t AHEAD_OF = 1024;  // bytes
+
 // out = W x + bias, all threads of a parallel region together; x is wide already.
 template <class X>
 inline void multiply(const X* weight, const X* bias, const float* x, int64_t n, int64_t m, X* out) {
+  const int64_t part = (m + STREAMS - 1) / STREAMS;
 #pragma omp for schedule(static)
-  for (int64_t i = 0; i < m; i += 2) {
-    const X *one = weight + i * n, *two = i + 1 < m ? one + n : one;
-    floats16 sums[4] = {}, a, b, c, d;
+  for (int64_t i = 0; i < part; ++i) {
+    const X* rows[STREAMS];
+    for (int64_t s = 0; s < STREAMS; ++s) rows[s] = weight + std::min(i + s * part, m - 1) * n;
+    floats16 sums[STREAMS] = {}, wide_x[2], w;
     int64_t j = 0;
     for (; j + 2 * LANES <= n; j += 2 * LANES) {
-      load(x + j, &a);
-      load(x + j + LANES, &b);
-      load(one + j, &c);
-      load(one + j + LANES, &d);
-      sums[0] += a * c;
-      sums[1] += b * d;
-      load(two + j, &c);
-      load(two + j + LANES, &d);
-      sums[2] += a * c;
-      sums[3] += b * d;
+      load(x + j, &wide_x[0]);
+      load(x + j + LANES, &wide_x[1]);
+      for (int64_t s = 0; s < STREAMS; ++s) {
+        for (int64_t byte = 0; byte < static_cast<int64_t>(2 * LANES * sizeof(X)); byte += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(rows[s] + j) + AHEAD_OF + byte);
+        load(rows[s] + j, &w);
+        sums[s] += w * wide_x[0];
+        load(rows[s] + j + LANES, &w);
+        sums[s] += w * wide_x[1];
+      }
     }
-    float first = total(sums[0] + sums[1]), second = total(sums[2] + sums[3]);
-    for (; j < n; ++j) {
-      first += x[j] * wide(one[j]);
-      second += x[j] * wide(two[j]);
+    for (int64_t s = 0; s < STREAMS; ++s) {
+      const int64_t row = i + s * part;
+      if (row >= m) break;
+      float sum = total(sums[s]);
+      for (int64_t k = j; k < n; ++k) sum += x[k] * wide(rows[s][k]);
+      narrow(sum + (bias ? wide(bias[row]) : 0.0f), out + row);
     }
-    narrow(first + (bias ? wide(bias[i]) : 0.0f), out + i);
-    if (i + 1 < m) narrow(second + (bias ? wide(bias[i + 1]) : 0.0f), out + i + 1);
   }
 }
 
@@ -132,6 +138,14 @@ struct Pass {
   }
 };
 
+template <class X>
+void product(const X* weight, const X* x, int64_t n, int64_t m, X* out) {
+  std::vector<float> full(n);
+  widen(x, n, full.data());
+#pragma omp parallel
+  multiply<X>(weight, nullptr, full.data(), n, m, out);
+}
+
 }  // namespace
 
 #define FOR(X, NAME)                                                                                                   \
@@ -142,7 +156,8 @@ struct Pass {
     Pass<X>{static_cast<const Layer<X>*>(layers), Heads{queries, heads, width, epsilon}, hidden, inside,               \
             Acting<X>{factors, rank, A, B, m}}                                                                         \
         .through(x, count, cosine, sine, held, layer_pitch, at);                                                       \
-  }
+  }                                                                                                                    \
+  void product_##NAME(const X* weight, const X* x, int64_t n, int64_t m, X* out) { product(weight, x, n, m, out); }
 
 extern "C" {
 FOR(float, float32)

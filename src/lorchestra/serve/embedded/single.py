@@ -43,12 +43,13 @@ class Single:
         layers: of each, name → tensor or ``None``: ``before``, ``after`` ``[n]``; ``q_norm``, ``k_norm`` ``[d]``;
             ``qkv`` ``[(h·g + 2h)·d, n]``, ``out`` ``[n, h·g·d]``, ``up`` ``[2i, n]`` (gate, then up), ``down``
             ``[n, i]``, and of each of these a bias.
+        head: ``[V, n]``, of the output.
 
     Raises:
         UserError: there is no compiler, or it fails.
     """
 
-    def __init__(self, heads: Heads, layers: Sequence[dict[str, Tensor | None]]) -> None:
+    def __init__(self, heads: Heads, layers: Sequence[dict[str, Tensor | None]], head: Tensor) -> None:
         self._heads = heads
         self._kept = [{k: None if v is None else v.contiguous() for k, v in layer.items()} for layer in layers]
         self._weights = (Weights * len(layers))(
@@ -57,11 +58,14 @@ class Single:
                 for layer in self._kept
             ]
         )
+        self._head = head.detach().contiguous()
         first: Any = self._kept[0]
         self._inside, self._hidden = first["up"].shape[0] // 2, first["up"].shape[1]
-        self._run = getattr(library(SOURCE, LAYER, ATTENTION, ROWS), f"single_{COMPILED[heads.cosine.dtype]}")
+        compiled, named = library(SOURCE, LAYER, ATTENTION, ROWS), COMPILED[heads.cosine.dtype]
+        self._run, self._product = getattr(compiled, f"single_{named}"), getattr(compiled, f"product_{named}")
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
-        self._run.restype = None
+        self._run.restype = self._product.restype = None
+        self._product.argtypes = [pointer, pointer, integer, integer, pointer]
         self._run.argtypes = [
             pointer, pointer, *[integer] * 4, ctypes.c_float, integer, integer, pointer, pointer, pointer, integer,
             integer, pointer, integer, pointer, pointer, pointer,
@@ -108,6 +112,13 @@ class Single:
             slots.stride(0), at, factors, rank, A, B, self._m,
         )  # fmt: skip
         return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """``[…, V]`` from one normalised state, ``[…, n]``."""
+        x, (m, n) = x.contiguous(), self._head.shape
+        out = torch.empty(*x.shape[:-1], m, dtype=x.dtype)
+        self._product(self._head.data_ptr(), x.data_ptr(), n, m, out.data_ptr())
+        return out
 
 
 def fits(weights: Sequence[Tensor], free: int) -> bool:
