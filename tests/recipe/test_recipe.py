@@ -69,6 +69,7 @@ MISTAKES = {
     "belongs elsewhere": (CLINIC, "    batch_size: 8", "r.yaml:14: stages.1.batch_size: unknown key 'batch_size' here; it belongs under train"),
     "belongs in a stage": ("max_length: 96", "context: [general]", "r.yaml:3: context: unknown key 'context' here; it belongs in an entry of stages"),
     "belongs at the top": ("  batch_size: 4", "  max_length: 4", "r.yaml:8: train.max_length: unknown key 'max_length' here; it belongs at the top of the recipe"),
+    "a word of one": (CLINIC, "    steps: 3", "r.yaml:14: stages.1.steps: unknown key 'steps'; did you mean 'max_steps'?"),
     "near one elsewhere": ("max_length: 96", "batchsize: 3", "r.yaml:3: batchsize: unknown key 'batchsize'; did you mean 'batch_size'? It belongs under train"),
     "data entry": ("data: clinic.jsonl", "data: {source: clinic.jsonl, limt: 3}", "r.yaml:13: stages.1.data.limt: unknown key 'limt'; did you mean 'limit'?"),
     "stage override": (CLINIC, "    lora: {rnk: 3}", "r.yaml:14: stages.1.lora.rnk: unknown key 'rnk'; did you mean 'rank'?"),

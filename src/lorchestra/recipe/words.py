@@ -120,7 +120,12 @@ def unknown_key(key: str, model: type[BaseModel] | None, root: type[BaseModel]) 
 
 
 def _nearest(key: str, model: type[BaseModel] | None, root: type[BaseModel]) -> str:
-    """The valid key, here or elsewhere in the recipe, that is spelt most like ``key``; empty if none is."""
+    """A valid key here of which ``key`` is a word (``steps`` of ``max_steps``), or the one, here or elsewhere in the
+    recipe, that is spelt most like it; empty if none is.
+    """
+    parts = [name for name in _keys(model) if key in name.split("_")]
+    if len(parts) == 1:
+        return parts[0]
     homes = dict.fromkeys(name for name, _ in (*_homes(root), *_inner_homes(root)))
     return next(iter(difflib.get_close_matches(key, [*_keys(model), *homes], 1)), "")
 
