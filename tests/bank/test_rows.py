@@ -11,7 +11,7 @@ from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.lowrank import LowRank
 from lorchestra.bank.kernel import Kernel
 from lorchestra.bank.rows import Group, RowBank
-from lorchestra.base.native import compiler
+from lorchestra.base.native import compiler, library
 from lorchestra.errors import AdapterError, UserError
 
 # Sizes that are no multiple of what a kernel computes at once.
@@ -136,6 +136,7 @@ def test_without_a_compiler_the_kernel_is_refused_with_a_way_on(monkeypatch, tmp
     monkeypatch.setenv("LORCHESTRA_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
+    library.cache_clear()  # what this process has compiled
     with pytest.raises(UserError, match="without --kernel"):
         Kernel()
     broken = tmp_path / "c++"

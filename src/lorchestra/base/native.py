@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from lorchestra.base.home import home
@@ -23,8 +24,9 @@ LANES = Path(__file__).with_name("lanes.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
 
 
+@cache
 def library(source: Path, *headers: Path) -> ctypes.CDLL:
-    """``source``, compiled.
+    """``source``, compiled; once in a process.
 
     Args:
         source: of the kernel.

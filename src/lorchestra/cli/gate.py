@@ -151,7 +151,7 @@ def fit(
 
     `lorchestra gate fit my-base clinic=./clinic law=./law --data notes.jsonl --data law=contracts.jsonl -o chooser`
 
-    `lorchestra gate fit my-base clinic law finance --data a.jsonl --data b.jsonl --data c.jsonl --layers 4 --top-k 1
+    `lorchestra gate fit my-base clinic law finance --data a.jsonl --data b.jsonl --data c.jsonl --layers 4 --top_k 1
     --none -o chooser`
     """
     sources = named_adapters(adapter)
@@ -255,7 +255,10 @@ def evaluate(
     from lorchestra.pipeline.gate_alone import enter_sealed, judge_alone, read_domains
 
     reporter = make_reporter()
-    load(gate)  # a gate that is none is told before a base is loaded
+    of = load(gate).members  # a gate that is none is told before a base is loaded, and so are adapters beside it
+    beside = [name for name in sources if name not in of]
+    if beside and len(sources) > len(of):
+        raise UserError(f"the gate chooses among {', '.join(of)}; leave out {', '.join(beside)}")
     weights = _static(static, list(sources)) if static else dict.fromkeys(sources, 1 / len(sources))
     members, directory = _members_and_base(base, sources, reporter)
     held, _ = read_domains(

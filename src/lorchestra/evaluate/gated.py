@@ -68,6 +68,7 @@ def judge_gate(
     static: Mapping[str, float],
     oracle: Mapping[str, Mapping[str, float]],
     goal: Goal = MEAN,
+    delivers: bool = True,
 ) -> GateVerdict:
     """Compare a gate with everything that treats all prompts alike, and with an oracle that is told the domain.
 
@@ -82,6 +83,7 @@ def judge_gate(
         static: the coefficients of ``static``.
         oracle: domain → the coefficients of ``oracle`` there.
         goal: what the domains' losses are to become together.
+        delivers: the verdict decides what a run delivers; else it is advice on examples that somebody held out.
     """
     base = scores[BASE]
     rivals = [model for model in scores if model not in (BASE, STATIC, ORACLE, GATE)]
@@ -112,8 +114,8 @@ def judge_gate(
             pairs.append(Difference(GATE, ORACLE, ALL, "loss_ratio", overall(told[GATE], told[ORACLE], few)))
     kept = all(found.high < 0 for found in against.values())
     return GateVerdict(
-        _sentence(kept, against, draws, static, behind),
-        tuple(_notes(pairs, against, oracle if known else {}, len(known) < len(base), goal, meant, groups)),
+        _sentence(kept, against, draws, static, behind, delivers),
+        tuple(_notes(pairs, against, oracle if known else {}, len(known) < len(base), goal, meant, groups, delivers)),
         kept,
         tuple(models),
         tuple(base),
@@ -139,12 +141,13 @@ def _sentence(
     draws: Mapping[str, Array],
     static: Mapping[str, float],
     behind: Interval | None,
+    delivers: bool,
 ) -> str:
     found = against[STATIC]
     change = f"{abs(found.estimate):.1%} of the base's {'below' if found.estimate < 0 else 'above'}"
     spread = f"95 % interval {_signed(found.low)} to {_signed(found.high)}"
     weights = f"the static weights ({mixture(static)})"
-    beside = f"its sealed-test loss is {change} that of {weights} ({spread})"
+    beside = f"its {'sealed-test ' if delivers else ''}loss is {change} that of {weights} ({spread})"
     oracle = ""
     if behind is not None:
         side = "above" if behind.estimate >= 0 else "below"
@@ -152,22 +155,24 @@ def _sentence(
         oracle = f"; it is {said} an oracle that knows the domain ({_signed(behind.low)} to {_signed(behind.high)})"
     if kept:
         all_alike = "the base and every choice that is the same for all prompts"
-        return f"The gate is kept: {beside}, and it beats {all_alike}{oracle}."
-    static_stays = f"delivered are {weights}, which are the default"
+        return f"The gate is {'kept' if delivers else 'worth having'}: {beside}, and it beats {all_alike}{oracle}."
+    no = f"The gate is not {'kept' if delivers else 'worth having'}"
+    static_stays = f"delivered are {weights}, which are the default" if delivers else "take those"
     if found.low > 0:
-        return f"The gate is not kept: it is worse than the static weights, {beside}{oracle}; {static_stays}."
+        return f"{no}: it is worse than the static weights, {beside}{oracle}; {static_stays}."
     if found.high >= 0:
         return (
-            f"The gate is not kept: it cannot be told from {weights} (difference {_signed(found.estimate)} of the "
-            f"base's loss, {_signed(found.low)} to {_signed(found.high)}){oracle}; those are the default, and are "
-            "delivered."
+            f"{no}: it cannot be told from {weights} (difference {_signed(found.estimate)} of the "
+            f"base's loss, {_signed(found.low)} to {_signed(found.high)}){oracle}; "
+            + ("those are the default, and are delivered." if delivers else "those are simpler, take them.")
         )
     unbeaten = {model: interval for model, interval in against.items() if interval.high >= 0}
     best = min(unbeaten, key=lambda model: float(draws[model][0]))
     other = unbeaten[best]
     return (
-        f"The gate is not kept: {beside}, but it does not beat {_called(best)} (difference {_signed(other.estimate)}, "
-        f"{_signed(other.low)} to {_signed(other.high)}){oracle}; the static weights stay what is delivered."
+        f"{no}: {beside}, but it does not beat {_called(best)} (difference {_signed(other.estimate)}, "
+        f"{_signed(other.low)} to {_signed(other.high)}){oracle}; "
+        + ("the static weights stay what is delivered." if delivers else f"take {_called(best)}.")
     )
 
 
@@ -179,6 +184,7 @@ def _notes(
     goal: Goal,
     meant: Goal,
     groups: int,
+    delivers: bool,
 ) -> list[str]:
     notes = []
     if goal != meant:
@@ -195,13 +201,13 @@ def _notes(
     if oracle:
         told = "; ".join(f"{domain!r}: {mixture(weights)}" for domain, weights in oracle.items())
         where = " It is measured on these domains alone." if partly else ""
+        on = "λ-validation" if delivers else "the gate's own validation examples"
         notes.append(
-            f"The oracle takes in each domain the coefficients with the lowest loss there on λ-validation ({told})."
-            f"{where}"
+            f"The oracle takes in each domain the coefficients with the lowest loss there on {on} ({told}).{where}"
         )
     found = against[STATIC]
     if groups < 2:
-        notes.append("The smallest domain has one independent sealed-test group: no difference whatever can be seen.")
+        notes.append("The smallest domain has one independent group: no difference whatever can be seen.")
     elif found.detectable:
         notes.append(
             f"With {groups} independent groups in the smallest domain, this test finds a true difference of "

@@ -20,7 +20,7 @@ from lorchestra.adapter.lineage import BaseId
 from lorchestra.bank import Bank
 from lorchestra.errors import AdapterError, DivergedError, UserError
 from lorchestra.events import SILENT, Reporter
-from lorchestra.fusion.groups import layer_groups
+from lorchestra.fusion.groups import OTHER, layer_groups
 from lorchestra.gate.features import FeatureSpec, features
 from lorchestra.gate.loads import BASE, Loads, loads
 from lorchestra.gate.measure import (
@@ -253,6 +253,9 @@ def _spec(bank: Bank, members: Sequence[str], settings: FitSettings, name: str) 
         groups = tuple(
             layer_groups({path for adapter in adapters.values() for path in adapter.modules}, settings.groups)
         )
+        layers = len(groups) - (OTHER in groups)
+        if layers < settings.groups:
+            raise UserError(f"groups is {settings.groups}, and the adapters change {layers} layers; give at most that")
     if settings.top_k is not None and settings.top_k > len(members):
         raise UserError(f"top_k is {settings.top_k}, and there are {len(members)} adapters; give at most that")
     if len(members) == 1 and settings.activation == "softmax" and not settings.none:

@@ -138,9 +138,12 @@ def read_domains(
             if share == 0:
                 continue
             if len(part) < FEWEST:
+                what = "to train on" if into is train else "to stop by (--validation_share)"
+                alike = len({example.group for example in examples}) == 1
+                why = "all of them are one group, with the same prompt perhaps" if alike else "give more"
                 raise UserError(
-                    f"--data {name} leaves {len(part)} of {len(examples)} examples for a part; {FEWEST} at least are "
-                    "needed, so give more"
+                    f"--data {name} leaves {len(part)} of {len(examples)} examples {what}, and {FEWEST} at least are "
+                    f"needed; {why}"
                 )
             domain = make_domain(name, kind, part, renderer, choices=False)
             into[name] = Held(domain, tuple(example.asked for example in part), digests, tuple(map(item_digest, part)))
@@ -201,6 +204,7 @@ def judge_alone(
         betas=betas,
         static=static,
         oracle={name: {} if best == BASE else {best: 1.0} for name, best in oracle.items() if name in data},
+        delivers=False,
     )
     accuracy = {name: proportion_interval(values, groups[name]) for name, values in hits.items()}
     if hits:
