@@ -95,6 +95,24 @@ def test_every_row_is_changed_by_its_own_sum_whatever_came_before(by, steps, ord
                     torch.testing.assert_close(y[i : i + 1].double(), wanted, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("by", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rank", [5, 16, 20])
+@pytest.mark.parametrize("count", [4, 9])
+def test_rows_that_are_read_side_by_side(by, rank, count):
+    """Whole fours and what is left of them, in another order than the batch's."""
+    dtype, tolerance = BY[by]
+    bank = RowBank(GROUPS, dtype=dtype, kernel=kernel())
+    members = [adapter(row, rank) for row in range(count)]
+    for row in reversed(range(count)):
+        bank.put(row, bank.factors("a", members[row]))
+    x = torch.randn(count, 1, 13, generator=torch.Generator().manual_seed(4)).to(dtype)
+    for path, y in outputs_of(bank, bank.acting(range(count)), x).items():
+        for row in range(count):
+            wanted = expected(x[row : row + 1], [(members[row], 1.0)], path)
+            atol = tolerance * max(1.0, float(wanted.abs().max()))
+            torch.testing.assert_close(y[row : row + 1].double(), wanted, rtol=0, atol=atol)
+
+
 def test_what_does_not_fit_is_refused_and_nothing_is_changed():
     bank = RowBank(GROUPS, max_rank=16)
     good = bank.factors("good", adapter(0, 4))

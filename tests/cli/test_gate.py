@@ -135,6 +135,9 @@ def test_other_adapters_bases_and_no_gates_are_refused(
         "trained with another 'clinic'"
     )
     lorchestra("gate", "eval", other_base, "chooser", "law", "clinic", *data).refused("whose weights are not those of")
+    lorchestra("gate", "eval", tiny_dir, "chooser", "law", "clinic", "other", *data).refused(
+        "the gate chooses among law, clinic; leave out other"
+    )
     lorchestra("gate", "eval", tiny_dir, "nowhere", "law", *data).refused("nowhere", "there is no such file")
     lorchestra("gate", "eval", tiny_dir, "law", "law", *data).refused("gate.json")
     weights = tmp_path / "chooser" / "gate.safetensors"
@@ -159,12 +162,15 @@ def test_other_adapters_bases_and_no_gates_are_refused(
         (("-o", "."), ("is not empty and holds no gate",)),
         (("--data", "empty.jsonl"), ("empty.jsonl",)),
         (("--data", "few.jsonl"), ("--data few leaves",)),
+        (("--data", "same.jsonl"), ("--data same leaves", "all of them are one group")),
+        (("--groups", 3), ("groups is 3, and the adapters change 2 layers",)),
     ],
     ids=str,
 )
 def test_mistakes_are_told(lorchestra, asked, tmp_path, changed, words):
     (tmp_path / "empty.jsonl").write_text("")
     write(tmp_path / "few.jsonl", [{"prompt": "a", "completion": "b"}])
+    write(tmp_path / "same.jsonl", [{"prompt": "a", "completion": f"b {i}"} for i in range(20)])
     lorchestra(*asked, *changed).refused(*words)
     assert not (tmp_path / "chooser").exists()
 

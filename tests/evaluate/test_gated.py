@@ -64,6 +64,16 @@ def test_a_gate_is_kept_only_if_it_wins_beyond_the_interval(case):
     json.dumps(found.as_dict(), allow_nan=False)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_advice_on_examples_speaks_of_no_run(case):
+    """Without a run there is no sealed test, no λ-validation, and nothing that is delivered."""
+    gate, static, kept, _ = CASES[case]
+    found = verdict({"clinic": CLINIC, "law": LAW, STATIC: static, GATE: gate, ORACLE: both(-2, 9)}, delivers=False)
+    assert found.sentence.startswith(f"The gate is {'' if kept else 'not '}worth having: ")
+    for word in ("sealed", "deliver", "λ-validation", "kept"):
+        assert word not in " ".join((found.sentence, *found.notes))
+
+
 def test_a_single_adapter_that_it_does_not_beat_keeps_it_out():
     """Better than the static weights is not enough where one adapter alone would do."""
     found = verdict({"clinic": both(-2, 5), STATIC: both(-1, 6), GATE: both(-2, 7)})

@@ -16,20 +16,20 @@ void add(const F* flat, int64_t pitch, int64_t rows, const int64_t* positions, c
   const Modules of{modules, A, B, m};
 #pragma omp parallel
   {
-    std::vector<float> z(FOUR * modules * rank);
+    std::vector<float> z(STREAMS * modules * rank);
 #pragma omp for schedule(static)
-    for (int64_t first = 0; first < rows; first += FOUR) {
-      const F* own[FOUR];
-      const X* from[FOUR];
-      int64_t at[FOUR];
-      const int64_t count = std::min(FOUR, rows - first);
+    for (int64_t first = 0; first < rows; first += STREAMS) {
+      const F* own[STREAMS];
+      const X* from[STREAMS];
+      int64_t at[STREAMS];
+      const int64_t count = std::min(STREAMS, rows - first);
       for (int64_t s = 0; s < count; ++s) {
         own[s] = flat + (first + s) * pitch;
         at[s] = positions ? positions[first + s] : first + s;
         from[s] = x + at[s] * x_pitch;
       }
       const auto to = [&](int64_t s, int64_t i) { return y[i] + at[s] * y_pitch[i]; };
-      if (count == FOUR && add_updates_of_four(own, rank, of, from, n, to, z.data())) continue;
+      if (count == STREAMS && add_updates_of_four(own, rank, of, from, n, to, z.data())) continue;
       for (int64_t s = 0; s < count; ++s)
         add_updates(own[s], rank, of, from[s], n, [&](int64_t i) { return to(s, i); }, z.data());
     }

@@ -14,13 +14,6 @@ namespace {
 
 constexpr int64_t AHEAD = 512;  // bytes: pieces are short, and a processor's own foresight begins late
 
-// What lies ahead of `count` numbers.
-template <class F>
-inline void fetch(const F* from, int64_t count) {
-  for (int64_t byte = 0; byte < static_cast<int64_t>(count * sizeof(F)); byte += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD + byte);
-}
-
 // z = x A, where A has 8 V columns; two sums take turns, so that none waits for the one before.
 template <int V, class F, class X>
 inline void project(const X* x, const F* A, int64_t n, float* z) {
@@ -29,7 +22,7 @@ inline void project(const X* x, const F* A, int64_t n, float* z) {
   for (; k + 1 < n; k += 2) {
     const float one = wide(x[k]), two = wide(x[k + 1]);
     const F* at = A + k * 8 * V;
-    fetch(at, 16 * V);
+    fetch(at, 16 * V, AHEAD);
     for (int i = 0; i < V; ++i) {
       load(at + 8 * i, &first);
       load(at + 8 * (V + i), &second);
@@ -76,24 +69,15 @@ inline void expand(const float* z, const F* B, int64_t rank, int64_t m, X* y) {
   }
 }
 
-constexpr int64_t FOUR = 4;           // rows that are read side by side: a processor waits for several pieces at once
-constexpr int64_t AHEAD_OF_FOUR = 1024;  // bytes
-
-template <class F>
-inline void fetch_far(const F* from, int64_t count) {
-  for (int64_t byte = 0; byte < static_cast<int64_t>(count * sizeof(F)); byte += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD_OF_FOUR + byte);
-}
-
 // z[s] = x[s] A[s] of four rows, where A has 8 V columns.
 template <int V, class F, class X>
 inline void project_four(const X* const* x, const F* const* A, int64_t n, int64_t width, float* z) {
-  floats8 sum[FOUR][V] = {}, part;
+  floats8 sum[STREAMS][V] = {}, part;
   int64_t k = 0;
   for (; k + 4 <= n; k += 4)  // a few lines of one row at a time: its pieces are fetched whole
-    for (int s = 0; s < FOUR; ++s) {
+    for (int s = 0; s < STREAMS; ++s) {
       const F* at = A[s] + k * 8 * V;
-      fetch_far(at, 32 * V);
+      fetch(at, 32 * V, FAR);
       for (int j = 0; j < 4; ++j)
         for (int i = 0; i < V; ++i) {
           load(at + 8 * (j * V + i), &part);
@@ -101,12 +85,12 @@ inline void project_four(const X* const* x, const F* const* A, int64_t n, int64_
         }
     }
   for (; k < n; ++k)
-    for (int s = 0; s < FOUR; ++s)
+    for (int s = 0; s < STREAMS; ++s)
       for (int i = 0; i < V; ++i) {
         load(A[s] + 8 * (k * V + i), &part);
         sum[s][i] += part * wide(x[s][k]);
       }
-  for (int s = 0; s < FOUR; ++s) std::memcpy(z + s * width, sum[s], sizeof sum[s]);
+  for (int s = 0; s < STREAMS; ++s) std::memcpy(z + s * width, sum[s], sizeof sum[s]);
 }
 
 // y[s] += z[s] B[s] of four rows.
@@ -114,24 +98,24 @@ template <class F, class X>
 inline void expand_four(const float* z, int64_t width, const F* const* B, int64_t rank, int64_t m, X* const* y) {
   int64_t from = 0;
   for (; from + 32 <= m; from += 32) {
-    floats16 sum[FOUR][2] = {}, part;
+    floats16 sum[STREAMS][2] = {}, part;
     for (int64_t r = 0; r < rank; ++r)
-      for (int s = 0; s < FOUR; ++s) {
+      for (int s = 0; s < STREAMS; ++s) {
         const F* at = B[s] + r * m + from;
-        fetch_far(at, 32);
+        fetch(at, 32, FAR);
         for (int i = 0; i < 2; ++i) {
           load(at + 16 * i, &part);
           sum[s][i] += part * z[s * width + r];
         }
       }
-    for (int s = 0; s < FOUR; ++s)
+    for (int s = 0; s < STREAMS; ++s)
       for (int i = 0; i < 2; ++i) {
         load(y[s] + from + 16 * i, &part);
         store(part + sum[s][i], y[s] + from + 16 * i);
       }
   }
   for (; from < m; ++from)
-    for (int s = 0; s < FOUR; ++s) {
+    for (int s = 0; s < STREAMS; ++s) {
       float sum = wide(y[s][from]);
       for (int64_t r = 0; r < rank; ++r) sum += z[s * width + r] * wide(B[s][r * m + from]);
       narrow(sum, y[s] + from);
@@ -165,8 +149,8 @@ template <class F, class X, class Y>
 inline bool add_updates_of_four(const F* const* own, int64_t rank, const Modules& of, const X* const* x, int64_t n, Y y,
                                 float* z) {
   const int64_t width = of.count * rank;
-  const F* at[FOUR];
-  for (int s = 0; s < FOUR; ++s) at[s] = own[s] + of.A;
+  const F* at[STREAMS];
+  for (int s = 0; s < STREAMS; ++s) at[s] = own[s] + of.A;
   switch (width) {
     case 8: project_four<1>(x, at, n, width, z); break;
     case 16: project_four<2>(x, at, n, width, z); break;
@@ -176,8 +160,8 @@ inline bool add_updates_of_four(const F* const* own, int64_t rank, const Modules
     default: return false;
   }
   for (int64_t i = 0; i < of.count; ++i) {
-    X* to[FOUR];
-    for (int s = 0; s < FOUR; ++s) at[s] = own[s] + of.B[i], to[s] = y(s, i);
+    X* to[STREAMS];
+    for (int s = 0; s < STREAMS; ++s) at[s] = own[s] + of.B[i], to[s] = y(s, i);
     expand_four(z + i * rank, width, at, rank, of.m[i], to);
   }
   return true;

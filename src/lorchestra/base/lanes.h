@@ -59,6 +59,16 @@ inline void load(const bf16* from, floats16* out) {
   std::memcpy(out, &bits, sizeof *out);
 }
 
+// A core waits for memory most of the time, and for several pieces at once if it reads them side by side.
+constexpr int64_t STREAMS = 4, FAR = 1024;  // pieces; bytes ahead of each that are fetched
+
+// What lies `ahead` bytes before `count` numbers.
+template <class X>
+inline void fetch(const X* from, int64_t count, int64_t ahead) {
+  for (int64_t byte = 0; byte < static_cast<int64_t>(count * sizeof(X)); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead + byte);
+}
+
 inline void store(floats16 value, float* out) { std::memcpy(out, &value, sizeof value); }
 
 inline void store(floats16 value, bf16* out) {

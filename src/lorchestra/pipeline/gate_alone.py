@@ -138,11 +138,11 @@ def read_domains(
             if share == 0:
                 continue
             if len(part) < FEWEST:
-                what = "to train on" if into is train else "to stop by (--validation_share)"
+                what = "" if into is train else " to stop by (--validation_share)"
                 alike = len({example.group for example in examples}) == 1
                 why = "all of them are one group, with the same prompt perhaps" if alike else "give more"
                 raise UserError(
-                    f"--data {name} leaves {len(part)} of {len(examples)} examples {what}, and {FEWEST} at least are "
+                    f"--data {name} leaves {len(part)} of {len(examples)} examples{what}, and {FEWEST} at least are "
                     f"needed; {why}"
                 )
             domain = make_domain(name, kind, part, renderer, choices=False)

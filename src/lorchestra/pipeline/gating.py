@@ -233,7 +233,6 @@ def _data(prepared: Prepared, limit: int | None, keep: bool) -> GateData:
         drawn = list(data.splits.train)
         if limit is not None and limit < len(drawn):
             further += [(stage.name, item.prompt) for item in data.rendered["train"]]
-        if limit is not None and limit < len(drawn):
             drawn = random.Random(recipe.seeds.data).sample(drawn, limit)
         kind: Kind = "dpo" if data.task == "dpo" else "sft"
         domain = make_domain(stage.name, kind, drawn, prepared.renderer, choices=False)

@@ -13,9 +13,6 @@
 
 namespace {
 
-constexpr int64_t STREAMS = 4;     // parts of a weight that are read side by side: a processor waits for several at once
-constexpr int64_t AHEAD_OF = 1024;  // bytes
-
 // out = W x + bias, all threads of a parallel region together; x is wide already.
 template <class X>
 inline void multiply(const X* weight, const X* bias, const float* x, int64_t n, int64_t m, X* out) {
@@ -30,8 +27,7 @@ inline void multiply(const X* weight, const X* bias, const float* x, int64_t n, 
       load(x + j, &wide_x[0]);
       load(x + j + LANES, &wide_x[1]);
       for (int64_t s = 0; s < STREAMS; ++s) {
-        for (int64_t byte = 0; byte < static_cast<int64_t>(2 * LANES * sizeof(X)); byte += 64)
-          __builtin_prefetch(reinterpret_cast<const char*>(rows[s] + j) + AHEAD_OF + byte);
+        fetch(rows[s] + j, 2 * LANES, FAR);
         load(rows[s] + j, &w);
         sums[s] += w * wide_x[0];
         load(rows[s] + j + LANES, &w);
