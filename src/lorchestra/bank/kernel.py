@@ -69,7 +69,7 @@ class Kernel:
             x: ``[b, 1, n]``.
             outputs: ``[b, 1, m]`` of each module.
             rank: R.
-            A: where A ``[n, modules·R]`` begins in a row of ``flat``.
+            A: where A ``[modules·R, n]`` begins in a row of ``flat``.
             B: where B ``[R, m]`` of each module begins.
         """
         modules = len(outputs)

@@ -1,4 +1,4 @@
-// y[p] += (x[p] A) B for every row, each with factors of its own.
+// y[p] += B A x[p] for every row, each with factors of its own.
 //
 // Rows of a store lie `pitch` elements apart.
 
@@ -16,22 +16,24 @@ void add(const F* flat, int64_t pitch, int64_t rows, const int64_t* positions, c
   const Modules of{modules, A, B, m};
 #pragma omp parallel
   {
-    std::vector<float> z(STREAMS * modules * rank);
+    std::vector<float> room(of.room(rank)), wide_x(STREAMS * n);
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < rows; first += STREAMS) {
       const F* own[STREAMS];
-      const X* from[STREAMS];
       int64_t at[STREAMS];
       const int64_t count = std::min(STREAMS, rows - first);
       for (int64_t s = 0; s < count; ++s) {
         own[s] = flat + (first + s) * pitch;
         at[s] = positions ? positions[first + s] : first + s;
-        from[s] = x + at[s] * x_pitch;
+        widen(x + at[s] * x_pitch, n, wide_x.data() + s * n);
       }
       const auto to = [&](int64_t s, int64_t i) { return y[i] + at[s] * y_pitch[i]; };
-      if (count == STREAMS && add_updates_of_four(own, rank, of, from, n, to, z.data())) continue;
+      if (count == STREAMS) {
+        add_updates_of_four<F, X>(own, rank, of, wide_x.data(), n, to, room.data());
+        continue;
+      }
       for (int64_t s = 0; s < count; ++s)
-        add_updates(own[s], rank, of, from[s], n, [&](int64_t i) { return to(s, i); }, z.data());
+        add_updates<F, X>(own[s], rank, of, wide_x.data() + s * n, n, [&](int64_t i) { return to(s, i); }, room.data());
     }
   }
 }

@@ -58,7 +58,7 @@ class RowFactors:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a group lies in a flat piece, for one rank: offsets of A ``[n, g·R]`` and of each B ``[R, m]``."""
+    """Where a group lies in a flat piece, for one rank: offsets of A ``[g·R, n]`` and of each B ``[R, m]``."""
 
     A: int
     B: tuple[int, ...]
@@ -77,7 +77,7 @@ class _Store:
         self.flat = flat
         self.views = [
             (
-                self._view(place.A, group.inputs, self.rank * len(group.paths)),
+                self._view(place.A, self.rank * len(group.paths), group.inputs).transpose(1, 2),
                 [self._view(B, self.rank, m) for B, m in zip(place.B, group.outputs, strict=True)],
             )
             for group, place in zip(self.groups, self.places, strict=True)
@@ -154,7 +154,7 @@ class RowBank:
         flat = torch.zeros(size, dtype=self.dtype)
         for path, update in adapter.modules.items():
             A, B = self._room_of(flat, places, path, rank, 0, update.rank)
-            A.copy_(update.A.T)
+            A.copy_(update.A)
             B.copy_(update.B.T)
         return RowFactors(rank, flat.to(self.device))
 
@@ -308,12 +308,12 @@ class RowBank:
     def _room_of(
         self, flat: Tensor, places: Sequence[_Place], path: str, rank: int, at: int, r: int
     ) -> tuple[Tensor, Tensor]:
-        """Views into ``flat`` of ranks ``at`` to ``at + r`` of a module: A ``[n, r]`` and B ``[r, m]``."""
+        """Views into ``flat`` of ranks ``at`` to ``at + r`` of a module: A ``[r, n]`` and B ``[r, m]``."""
         g, i = self._group_of[path]
         group, place = self.groups[g], places[g]
-        A = flat[place.A : place.A + group.inputs * rank * len(group.paths)].view(group.inputs, -1)
+        A = flat[place.A : place.A + rank * len(group.paths) * group.inputs].view(-1, group.inputs)
         B = flat[place.B[i] : place.B[i] + rank * group.outputs[i]].view(rank, -1)
-        return A[:, i * rank + at : i * rank + at + r], B[at : at + r]
+        return A[i * rank + at : i * rank + at + r], B[at : at + r]
 
     def _bound(self, name: str, rank: int) -> None:
         if rank > self.max_rank:

@@ -34,23 +34,11 @@ inline void narrow(float value, bf16* out) {
 constexpr int64_t LANES = 16;
 typedef float floats4 __attribute__((vector_size(16)));
 typedef float floats8 __attribute__((vector_size(32)));
-typedef uint32_t words8 __attribute__((vector_size(32)));
-typedef uint16_t halves8 __attribute__((vector_size(16)));
 typedef float floats16 __attribute__((vector_size(64)));
 typedef uint32_t words16 __attribute__((vector_size(64)));
 typedef uint16_t halves16 __attribute__((vector_size(32)));
 
-template <class Floats>
-inline void load(const float* from, Floats* out) {
-  std::memcpy(out, from, sizeof *out);
-}
-
-inline void load(const bf16* from, floats8* out) {
-  halves8 in;
-  std::memcpy(&in, from, sizeof in);
-  const words8 bits = __builtin_convertvector(in, words8) << 16;
-  std::memcpy(out, &bits, sizeof *out);
-}
+inline void load(const float* from, floats16* out) { std::memcpy(out, from, sizeof *out); }
 
 inline void load(const bf16* from, floats16* out) {
   halves16 in;
@@ -71,13 +59,66 @@ inline void fetch(const X* from, int64_t count, int64_t ahead) {
 
 inline void store(floats16 value, float* out) { std::memcpy(out, &value, sizeof value); }
 
-inline void store(floats16 value, bf16* out) {
+// Rounded as `narrow` does, in the upper half of each word.
+inline words16 rounded(floats16 value) {
   words16 bits;
   std::memcpy(&bits, &value, sizeof bits);
-  const words16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const words16 kept = (bits & 0x7fffffffu) > 0x7f800000u ? words16{} + 0x7fc0u : rounded;
-  const halves16 narrowed = __builtin_convertvector(kept, halves16);
+  return (bits & 0x7fffffffu) > 0x7f800000u ? words16{} + 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+inline void store(floats16 value, bf16* out) {
+  const halves16 narrowed = __builtin_convertvector(rounded(value) >> 16, halves16);
   std::memcpy(out, &narrowed, sizeof narrowed);
+}
+
+// Two times LANES numbers that lie together, of bfloat16 those at even places and those at odd ones: to part them so is
+// cheaper than in any other way. A sum of products does not mind the order, and `store_pair` undoes it.
+constexpr int64_t PAIR = 2 * LANES;
+
+inline void load_pair(const float* from, floats16* one, floats16* two) {
+  load(from, one);
+  load(from + LANES, two);
+}
+
+inline void load_pair(const bf16* from, floats16* one, floats16* two) {
+  words16 both;
+  std::memcpy(&both, from, sizeof both);
+  const words16 even = both << 16, odd = both & 0xffff0000u;
+  std::memcpy(one, &even, sizeof *one);
+  std::memcpy(two, &odd, sizeof *two);
+}
+
+inline void store_pair(floats16 one, floats16 two, float* out) {
+  store(one, out);
+  store(two, out + LANES);
+}
+
+inline void store_pair(floats16 one, floats16 two, bf16* out) {
+  const words16 both = (rounded(one) >> 16) | (rounded(two) & 0xffff0000u);
+  std::memcpy(out, &both, sizeof both);
+}
+
+// Wide numbers in the order of pairs; those after the last whole pair as they are. And back.
+template <class X>
+inline void widen(const X* x, int64_t n, float* out) {
+  floats16 one, two;
+  int64_t j = 0;
+  for (; j + PAIR <= n; j += PAIR) {
+    load_pair(x + j, &one, &two);
+    store_pair(one, two, out + j);
+  }
+  for (; j < n; ++j) out[j] = wide(x[j]);
+}
+
+template <class X>
+inline void narrow(const float* x, int64_t n, X* out) {
+  floats16 one, two;
+  int64_t j = 0;
+  for (; j + PAIR <= n; j += PAIR) {
+    load_pair(x + j, &one, &two);
+    store_pair(one, two, out + j);
+  }
+  for (; j < n; ++j) narrow(x[j], out + j);
 }
 
 inline float total(floats16 value) {

@@ -12,12 +12,13 @@ void attend(const X* q, int64_t q_pitch, const X* slots, int64_t slot_pitch, con
 #pragma omp parallel
   {
     std::vector<float> room;
-#pragma omp for schedule(dynamic) collapse(2)
+#pragma omp for schedule(static) collapse(2)
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t head = 0; head < heads; ++head) {
         const int64_t own = head * group * width;
-        attend_head(q + row * q_pitch + own, slots + row * slot_pitch, at[row], heads, head, group, width, scale,
-                    window, out + row * heads * group * width + own, room);
+        const X *slot = slots + row * slot_pitch, *next = row + 1 < rows ? slot + slot_pitch : nullptr;
+        attend_head(q + row * q_pitch + own, slot, at[row], heads, head, group, width, scale, window, next,
+                    out + row * heads * group * width + own, room);
       }
   }
 }

@@ -13,7 +13,7 @@
 
 namespace {
 
-// out = W x + bias, all threads of a parallel region together; x is wide already.
+// out = W x + bias, all threads of a parallel region together; x is wide (lanes.h: widen).
 template <class X>
 inline void multiply(const X* weight, const X* bias, const float* x, int64_t n, int64_t m, X* out) {
   const int64_t part = (m + STREAMS - 1) / STREAMS;
@@ -21,17 +21,14 @@ inline void multiply(const X* weight, const X* bias, const float* x, int64_t n, 
   for (int64_t i = 0; i < part; ++i) {
     const X* rows[STREAMS];
     for (int64_t s = 0; s < STREAMS; ++s) rows[s] = weight + std::min(i + s * part, m - 1) * n;
-    floats16 sums[STREAMS] = {}, wide_x[2], w;
+    floats16 sums[STREAMS] = {}, first, second, one, two;
     int64_t j = 0;
-    for (; j + 2 * LANES <= n; j += 2 * LANES) {
-      load(x + j, &wide_x[0]);
-      load(x + j + LANES, &wide_x[1]);
+    for (; j + PAIR <= n; j += PAIR) {
+      load_pair(x + j, &first, &second);
       for (int64_t s = 0; s < STREAMS; ++s) {
-        fetch(rows[s] + j, 2 * LANES, FAR);
-        load(rows[s] + j, &w);
-        sums[s] += w * wide_x[0];
-        load(rows[s] + j + LANES, &w);
-        sums[s] += w * wide_x[1];
+        fetch(rows[s] + j, PAIR, FAR);
+        load_pair(rows[s] + j, &one, &two);
+        sums[s] += one * first + two * second;
       }
     }
     for (int64_t s = 0; s < STREAMS; ++s) {
@@ -42,11 +39,6 @@ inline void multiply(const X* weight, const X* bias, const float* x, int64_t n, 
       narrow(sum + (bias ? wide(bias[row]) : 0.0f), out + row);
     }
   }
-}
-
-template <class X>
-inline void widen(const X* x, int64_t n, float* out) {
-  for (int64_t j = 0; j < n; ++j) out[j] = wide(x[j]);
 }
 
 template <class X>
@@ -71,12 +63,17 @@ struct Pass {
   int64_t hidden, inside;
   Acting<X> acting;
 
-  void update(int64_t layer, int64_t group, const X* x, int64_t n, X* y, float* z) const {
+  void update(int64_t layer, int64_t group, const float* x, int64_t n, X* y, float* room) const {
     if (!acting.factors) return;
     const int64_t* m = acting.m + FIRST[group];
     const Modules modules{COUNT[group], acting.A[layer * GROUPS + group], acting.B + layer * MODULES + FIRST[group], m};
     const auto at = [&](int64_t i) { return y + std::accumulate(m, m + i, int64_t{0}); };
-    add_updates(acting.factors, acting.rank, modules, x, n, at, z);
+    add_updates<X, X>(acting.factors, acting.rank, modules, x, n, at, room);
+  }
+
+  int64_t room_for_updates() const {
+    if (!acting.factors) return 0;
+    return Modules{MODULES, 0, nullptr, acting.m}.room(acting.rank);
   }
 
   // x [hidden] is changed in place; the slot of layer i begins at held + i * layer_pitch.
@@ -85,7 +82,7 @@ struct Pass {
     const int64_t seen_n = of.queries * width, qkv_n = seen_n + step;
     const float scale = 1.0f / std::sqrt(static_cast<float>(width));
     std::vector<X> y(hidden), qkv(qkv_n), seen(seen_n), both(2 * inside), gate(inside);
-    std::vector<float> full(std::max({hidden, inside, seen_n})), z(3 * std::max<int64_t>(acting.rank, 1));
+    std::vector<float> full(std::max({hidden, inside, seen_n})), changed(room_for_updates());
 #pragma omp parallel
     {
       std::vector<float> room;
@@ -101,19 +98,19 @@ struct Pass {
         multiply(layer.qkv, layer.qkv_bias, full.data(), hidden, qkv_n, qkv.data());
 #pragma omp single
         {
-          update(i, 0, y.data(), hidden, qkv.data(), z.data());
+          update(i, 0, full.data(), hidden, qkv.data(), changed.data());
           turn_row(qkv.data(), of, cosine, sine, layer.q_norm, layer.k_norm, slot + at * step);
         }
 #pragma omp for schedule(static)
         for (int64_t head = 0; head < of.heads; ++head)
-          attend_head(qkv.data() + head * group * width, slot, at, of.heads, head, group, width, scale, 0,
-                      seen.data() + head * group * width, room);
+          attend_head<X>(qkv.data() + head * group * width, slot, at, of.heads, head, group, width, scale, 0, nullptr,
+                         seen.data() + head * group * width, room);
 #pragma omp single
         widen(seen.data(), seen_n, full.data());
         multiply(layer.out, layer.out_bias, full.data(), seen_n, hidden, y.data());
 #pragma omp single
         {
-          update(i, 1, seen.data(), seen_n, y.data(), z.data());
+          update(i, 1, full.data(), seen_n, y.data(), changed.data());
           add_row(x, y.data(), hidden);
           norm_row(x, layer.after, hidden, of.epsilon, y.data());
           widen(y.data(), hidden, full.data());
@@ -121,13 +118,13 @@ struct Pass {
         multiply(layer.up, layer.up_bias, full.data(), hidden, 2 * inside, both.data());
 #pragma omp single
         {
-          update(i, 2, y.data(), hidden, both.data(), z.data());
+          update(i, 2, full.data(), hidden, both.data(), changed.data());
           gated_row(both.data(), inside, gate.data());
           widen(gate.data(), inside, full.data());
         }
         multiply(layer.down, layer.down_bias, full.data(), inside, hidden, y.data());
 #pragma omp single
-        update(i, 3, gate.data(), inside, y.data(), z.data());
+        update(i, 3, full.data(), inside, y.data(), changed.data());
       }
     }
     add_row(x, y.data(), hidden);
