@@ -14,9 +14,9 @@ from lorchestra.bank.rows import Group, RowBank
 from lorchestra.base.native import compiler, library
 from lorchestra.errors import AdapterError, UserError
 
-# Sizes that are no multiple of what a kernel computes at once.
-GROUPS = (Group(("l.q", "l.k"), 13, (134, 6)), Group(("l.o",), 13, (64,)))
-SHAPES = {"l.q": (134, 13), "l.k": (6, 13), "l.o": (64, 13)}
+# Sizes above, and no multiple of, what a kernel computes at once (lanes.h: PAIR).
+GROUPS = (Group(("l.q", "l.k"), 45, (134, 6)), Group(("l.o",), 45, (64,)))
+SHAPES = {"l.q": (134, 45), "l.k": (6, 45), "l.o": (64, 45)}
 
 
 def adapter(seed: int, rank: int, paths=("l.q", "l.k", "l.o")) -> Adapter:
@@ -86,7 +86,7 @@ def test_every_row_is_changed_by_its_own_sum_whatever_came_before(by, steps, ord
     }
     for chosen, batch in acting.values():
         for length in (1, 4):
-            x = torch.randn(len(chosen), length, 13, generator=noise).to(dtype)
+            x = torch.randn(len(chosen), length, 45, generator=noise).to(dtype)
             for path, y in outputs_of(bank, batch, x).items():
                 for i, row in enumerate(chosen):
                     # Adapters are float32, and so is c·B: not even float64 sums are right to more than that.
@@ -105,7 +105,7 @@ def test_rows_that_are_read_side_by_side(by, rank, count):
     members = [adapter(row, rank) for row in range(count)]
     for row in reversed(range(count)):
         bank.put(row, bank.factors("a", members[row]))
-    x = torch.randn(count, 1, 13, generator=torch.Generator().manual_seed(4)).to(dtype)
+    x = torch.randn(count, 1, 45, generator=torch.Generator().manual_seed(4)).to(dtype)
     for path, y in outputs_of(bank, bank.acting(range(count)), x).items():
         for row in range(count):
             wanted = expected(x[row : row + 1], [(members[row], 1.0)], path)
@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_changed():
     bank = RowBank(GROUPS, max_rank=16)
     good = bank.factors("good", adapter(0, 4))
     bank.put(0, good)
-    foreign = Adapter({"l.other": LowRank(torch.ones(3, 1), torch.ones(1, 13))})
+    foreign = Adapter({"l.other": LowRank(torch.ones(3, 1), torch.ones(1, 45))})
     wide = Adapter({"l.o": LowRank(torch.ones(64, 1), torch.ones(1, 11))})
     for bad, message in (
         (foreign, "does not have"),
@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_changed():
             bank.factors("bad", bad)
     with pytest.raises(AdapterError, match="rank 24"):
         bank.mixed("bad", [(good, 0.5), (bank.factors("b", adapter(1, 9)), 0.5)])
-    x = torch.randn(2, 1, 13, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 1, 45, generator=torch.Generator().manual_seed(0))
     found = outputs_of(bank, bank.acting([0, 1]), x)["l.o"]
     torch.testing.assert_close(found[:1].double(), expected(x[:1], [(adapter(0, 4), 1.0)], "l.o"), rtol=1e-5, atol=1e-5)
     assert not found[1].any()
@@ -139,11 +139,11 @@ def test_the_kernel_takes_single_positions_and_keeps_what_is_no_number_in_its_ro
     bank = RowBank(GROUPS, dtype=dtype, kernel=kernel())
     for row in range(3):
         bank.put(row, bank.factors("a", adapter(row, 8)))
-    x = torch.randn(3, 1, 13, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = torch.randn(3, 1, 45, generator=torch.Generator().manual_seed(0)).to(dtype)
     clean = outputs_of(bank, bank.acting([0, 1, 2]), x)
     assert bank._kernel is not None
     assert bank._kernel.takes(x, bank._stores[8].flat, tuple(clean.values()))
-    assert not bank._kernel.takes(x.expand(3, 2, 13), bank._stores[8].flat, tuple(clean.values()))
+    assert not bank._kernel.takes(x.expand(3, 2, 45), bank._stores[8].flat, tuple(clean.values()))
     x[1] = float("nan")
     for path, y in outputs_of(bank, bank.acting([0, 1, 2]), x).items():
         assert y[1].isnan().all()
@@ -187,7 +187,7 @@ def test_every_part_of_the_modules_has_its_own_sum(drawn):
     # A part is as wide as those that act in it; a row as its widest part, and not as all members together.
     widest = max(sum(one.rank for one, c in laid if c[part]) for part in range(2))
     assert row.rank == 0 if not widest else widest <= row.rank < 2 * widest
-    x = torch.randn(1, 3, 13, generator=torch.Generator().manual_seed(3)).double()
+    x = torch.randn(1, 3, 45, generator=torch.Generator().manual_seed(3)).double()
     for path, y in outputs_of(bank, bank.beside([row]), x).items():
         wanted = expected(x, [(member, c[PARTS[path]]) for member, c in members], path)
         torch.testing.assert_close(y, wanted, rtol=0, atol=1e-5 * max(1.0, float(wanted.abs().max())))
