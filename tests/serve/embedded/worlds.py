@@ -114,7 +114,7 @@ class World:
             scheduler = self.core._scheduler
             assert not scheduler.running
             assert scheduler._slots.reserved == 0
-            assert not scheduler._slots._stores
+            assert not scheduler._slots.order()
             assert not self.core._bank._where
             assert not self.core._sequences
             assert not len(self.core._queue)

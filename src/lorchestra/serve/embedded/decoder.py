@@ -44,8 +44,9 @@ class LlamaDecoder:
         model: transformers' causal language model of :data:`FAMILY`, in eval mode; weights that are laid out anew are
             copied, so forget it afterwards.
         max_length: positions there are rotations for.
-        kernel: compile :class:`~lorchestra.serve.embedded.pieces.Compiled` and use it where it can be used; and
-            :class:`~lorchestra.serve.embedded.single.Single`, if there is ample memory.
+        kernel: compile :class:`~lorchestra.serve.embedded.pieces.Compiled` and use it where it can be used; and, where
+            there is ample memory for copies of the weights, :class:`~lorchestra.serve.embedded.single.Single` and
+            :class:`~lorchestra.serve.embedded.tiles.Tiles`.
 
     Raises:
         UserError: there is no compiler, or it fails.
@@ -61,6 +62,12 @@ class LlamaDecoder:
         self.embedding = inner.embed_tokens.weight
         self.tokens = model.lm_head.weight.shape[0]
         self.shape = CacheShape(config.num_hidden_layers, self.heads, self.width)
+        alike = all(value.dtype == self.dtype for value in inner.parameters())
+        compiled = kernel and alike and self.device.type == "cpu" and self.dtype in COMPILED
+        linears = [p for p in inner.layers.parameters() if p.dim() == 2]
+        linears += [] if model.lm_head.weight is self.embedding else [model.lm_head.weight]
+        free = psutil.virtual_memory().available if compiled else 0
+        tiles = fits(linears, free, copies=2)
         sizes = (heads * self.width, self.heads * self.width, self.heads * self.width)
         groups: list[Group] = []
         self.layers = []
@@ -76,29 +83,25 @@ class LlamaDecoder:
             self.layers.append(
                 _Layer(
                     layer.input_layernorm.weight.detach(),
-                    Linear.of(attention.q_proj, attention.k_proj, attention.v_proj),
+                    Linear.of(attention.q_proj, attention.k_proj, attention.v_proj, tiles=tiles),
                     _head_norms(attention),
-                    Linear.of(attention.o_proj),
+                    Linear.of(attention.o_proj, tiles=tiles),
                     layer.post_attention_layernorm.weight.detach(),
-                    Linear.of(mlp.gate_proj, mlp.up_proj),
-                    Linear.of(mlp.down_proj),
+                    Linear.of(mlp.gate_proj, mlp.up_proj, tiles=tiles),
+                    Linear.of(mlp.down_proj, tiles=tiles),
                 )
             )
         self.groups, self.depth = tuple(groups), len(self.layers)
         self.norm = inner.norm.weight.detach()
-        self.head = Linear.of(model.lm_head)
+        self.head = Linear.of(model.lm_head, tiles=tiles)
         places = torch.arange(max_length, device=self.device)[None]
         cos, sin = inner.rotary_emb(torch.zeros(1, 1, 1, dtype=self.dtype, device=self.device), places)
         # The second half of a head turns against the first: sin of the first half is negative once and for all.
         half = self.width // 2
         sine = torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
         described = Heads(self.heads, self.group, self.width, config.rms_norm_eps, cos[0].contiguous(), sine)
-        alike = all(value.dtype == self.dtype for value in inner.parameters())
-        compiled = kernel and alike and self.device.type == "cpu" and self.dtype in COMPILED
         self._pieces: Pieces = Compiled(described) if compiled else Stock(described)
-        linears = [p for p in inner.layers.parameters() if p.dim() == 2]
-        linears += [] if model.lm_head.weight is self.embedding else [model.lm_head.weight]
-        small = compiled and Single.takes(described) and fits(linears, psutil.virtual_memory().available)
+        small = Single.takes(described) and fits(linears, free)
         plain_head = model.lm_head.weight.dtype == self.dtype and model.lm_head.bias is None
         self._single = (
             Single(described, [_weights(layer) for layer in inner.layers], model.lm_head.weight)

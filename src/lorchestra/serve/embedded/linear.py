@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from lorchestra.serve.embedded.tiles import ROWS as FEW
+from lorchestra.serve.embedded.tiles import Tiles
+
 ROWS = 64  # the layout is made for batches of about so many
 
 
@@ -22,25 +25,30 @@ class Linear:
     Args:
         weight: ``[m, n]``.
         bias: ``[m]``.
+        tiles: multiply few rows by :class:`~lorchestra.serve.embedded.tiles.Tiles`, where that can be done; it holds a
+            copy of the weight.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, tiles: bool = False) -> None:
         self.bias = bias
+        self._tiles = Tiles(weight.contiguous(), bias) if tiles and Tiles.take(weight) else None
         self.packed = _packable(weight)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS) if self.packed else weight
 
     @classmethod
-    def of(cls, *modules: nn.Module) -> Linear:
+    def of(cls, *modules: nn.Module, tiles: bool = False) -> Linear:
         """Of ``nn.Linear`` modules, their outputs one after the other."""
         held: list[Any] = list(modules)
         weight = torch.cat([module.weight for module in held]) if len(held) > 1 else held[0].weight
         if all(module.bias is None for module in held):
-            return cls(weight.detach(), None)
+            return cls(weight.detach(), None, tiles)
         biases = [m.bias if m.bias is not None else m.weight.new_zeros(m.weight.shape[0]) for m in held]
-        return cls(weight.detach(), torch.cat(biases).detach())
+        return cls(weight.detach(), torch.cat(biases).detach(), tiles)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[…, n]`` to ``[…, m]``."""
+        if self._tiles is not None and x.numel() <= FEW * x.shape[-1] and x.dtype == torch.bfloat16:
+            return self._tiles(x)
         if self.packed:
             out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
             return out

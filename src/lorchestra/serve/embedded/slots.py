@@ -62,6 +62,10 @@ class _Store:
         self.clean = 0
         self.data = shape.empty(1, length, dtype=dtype, device=device)
 
+    @property
+    def full(self) -> bool:
+        return len(self.rows) == self.data.shape[1]
+
     def append(self, row: int, prompt: Tensor) -> None:
         place, room, read = len(self.rows), self.data.shape[1], prompt.shape[1]
         if place == room:
@@ -89,6 +93,8 @@ class _Store:
             reach = max(used, self.clean)
             self.data[:, place, :reach].copy_(self.data[:, len(self.rows), :reach])
             self.rows[place], self.used[place] = last, used
+        if not self.rows:
+            self.clean = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -337,9 +343,12 @@ class Slots:
         """Its prompt is read: it decodes from now on."""
         prompt = self._prompts.pop(row)
         length = self._reserved[row]
-        if length not in self._stores:
-            self._stores[length] = _Store(self.shape, length, self.dtype, self.device)
-        self._stores[length].append(row, prompt)
+        store = self._stores.get(length)
+        if store is None or store.full:  # others that are empty make room
+            self._stores = {other: kept for other, kept in self._stores.items() if kept.rows or kept is store}
+        if store is None:
+            store = self._stores[length] = _Store(self.shape, length, self.dtype, self.device)
+        store.append(row, prompt)
 
     def order(self) -> list[int]:
         """Rows that decode, in the order of :meth:`decoding`'s batch."""
@@ -350,6 +359,8 @@ class Slots:
         parts, first, positions = [], 0, []
         for length in sorted(self._stores):
             store = self._stores[length]
+            if not store.rows:
+                continue
             at = list(store.used)
             positions += at
             longest = max(at) + 1
@@ -367,10 +378,7 @@ class Slots:
         if length is None:
             return
         if self._prompts.pop(row, None) is None:
-            store = self._stores[length]
-            store.remove(row)
-            if not store.rows:
-                del self._stores[length]
+            self._stores[length].remove(row)  # an empty store keeps its memory for the next burst
 
 
 def _halves(held: Tensor) -> tuple[Tensor, Tensor]:
