@@ -69,6 +69,11 @@ def one_rate_table(sweep: Sweep) -> Iterator[Sequence[str]]:
             scaling, *(f"{whole(sweep.rows[key].test)}; {sweep.rows[key].validation:.3f}" for key in keys),
             signed(sweep.difference(last, first)), signed(sweep.by_seed(last, first, last_validation)),
         )  # fmt: skip
+    for ours in ("rslora", "constant"):
+        pairs = [([sweep.at(rank=r, scaling=ours)], [sweep.at(rank=r, scaling="lora")]) for r in ranks]
+        accuracy = (signed(sweep.difference(*pair)) for pair in pairs)
+        losses = (signed(sweep.by_seed(*pair, last_validation)) for pair in pairs)
+        yield (f"{ours} − lora", *("; ".join(both) for both in zip(accuracy, losses, strict=True)), "", "")
 
 
 def against_table(sweep: Sweep, reference: int = 0) -> Iterator[Sequence[str]]:
