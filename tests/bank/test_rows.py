@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from lorchestra.adapter.adapter import Adapter
 from lorchestra.adapter.lowrank import LowRank
+from lorchestra.bank.factors import Group
 from lorchestra.bank.kernel import Kernel
-from lorchestra.bank.rows import Group, RowBank
+from lorchestra.bank.rows import RowBank
 from lorchestra.base.native import compiler, library
 from lorchestra.errors import AdapterError, UserError
 

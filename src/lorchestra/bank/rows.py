@@ -17,51 +17,9 @@ import torch
 from torch import Tensor
 
 from lorchestra.adapter.adapter import Adapter
-from lorchestra.bank.kernel import Kernel
+from lorchestra.bank.factors import Group, Place, RowFactors, layout, rounded
+from lorchestra.bank.kernel import DEPTH, Kernel
 from lorchestra.errors import AdapterError
-
-SMALLEST = 8  # ranks are rounded up to this times a power of two
-
-
-@dataclass(frozen=True)
-class Group:
-    """Linear modules that have the same input.
-
-    Args:
-        paths: of the modules.
-        inputs: n.
-        outputs: m of each.
-    """
-
-    paths: tuple[str, ...]
-    inputs: int
-    outputs: tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class RowFactors:
-    """A sum Σ c·ΔW laid out for a row.
-
-    Args:
-        rank: of the store it goes to; 0 where it is the base.
-        flat: all factors, coefficients folded into B, padded with zeros to ``rank``.
-    """
-
-    rank: int
-    flat: Tensor
-
-    @property
-    def bytes(self) -> int:
-        """Memory it takes."""
-        return self.flat.numel() * self.flat.element_size()
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a group lies in a flat piece, for one rank: offsets of A ``[g·R, n]`` and of each B ``[R, m]``."""
-
-    A: int
-    B: tuple[int, ...]
 
 
 class _Store:
@@ -69,7 +27,7 @@ class _Store:
 
     def __init__(self, rank: int, groups: Sequence[Group], flat: Tensor) -> None:
         self.rank, self.groups = rank, groups
-        self.places, _ = _layout(groups, rank)
+        self.places, _ = layout(groups, rank)
         self.rows: list[int] = []  # the batch's row of each
         self._hold(flat)
 
@@ -99,14 +57,30 @@ class _Store:
 
 
 @dataclass(frozen=True, eq=False)
+class _Loose:
+    """Rows of one rank where they lie, for a kernel that reads them there."""
+
+    rank: int
+    places: Sequence[Place]
+    positions: Sequence[int]  # in the batch
+    flats: Sequence[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
 class Acting:
     """Rows of the batch that a forward pass is made of, found once for all its modules.
 
     Args:
         parts: per store: it, and the positions of its rows in the batch (``None``: all, in order).
+        loose: rows in no store.
     """
 
-    parts: tuple[tuple[_Store, Tensor | None], ...]
+    parts: tuple[tuple[_Store, Tensor | None], ...] = ()
+    loose: tuple[_Loose, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Whether any row is changed."""
+        return bool(self.parts or self.loose)
 
 
 class RowBank:
@@ -134,6 +108,8 @@ class RowBank:
         self._stores: dict[int, _Store] = {}
         self._where: dict[int, tuple[_Store, int]] = {}  # row → its store and the place there
         self._kept: dict[int, Tensor] = {}  # rank → memory for rows beside
+        sides = {side for group in groups for side in (group.inputs, *group.outputs)}
+        self._whole = kernel is not None and kernel.tiles and not any(side % DEPTH for side in sides)
 
     def factors(self, name: str, adapter: Adapter) -> RowFactors:
         """Lay an adapter out for a row.
@@ -149,8 +125,8 @@ class RowBank:
             self._check(name, path, update.shape)
         widest = max((update.rank for update in adapter.modules.values()), default=0)
         self._bound(name, widest)
-        rank = _rounded(widest)
-        places, size = _layout(self.groups, rank)
+        rank = rounded(widest)
+        places, size = layout(self.groups, rank)
         flat = torch.zeros(size, dtype=self.dtype)
         for path, update in adapter.modules.items():
             A, B = self._room_of(flat, places, path, rank, 0, update.rank)
@@ -192,12 +168,12 @@ class RowBank:
             sum(factors.rank for factors, c in members if c[part] != 0.0) for part in range(max(parts.values()) + 1)
         ]
         self._bound(name, max(widths))
-        rank = _rounded(max(widths))
-        places, size = _layout(self.groups, rank)
+        rank = rounded(max(widths))
+        places, size = layout(self.groups, rank)
         flat = torch.zeros(size, dtype=self.dtype, device=self.device)
         at = [0] * len(widths)
         for factors, c in members:
-            theirs, _ = _layout(self.groups, factors.rank)
+            theirs, _ = layout(self.groups, factors.rank)
             for path in self._group_of:
                 a, b = self._room_of(factors.flat, theirs, path, factors.rank, 0, factors.rank)
                 part = parts.get(path)
@@ -260,8 +236,13 @@ class RowBank:
                 that cost, so the model's own dtype is faster; where they have one it is reading the factors.
         """
         parts: list[tuple[_Store, Tensor | None]] = []
+        loose: list[_Loose] = []
         for rank in sorted({row.rank for row in factors} - {0}):
             positions = [i for i, row in enumerate(factors) if row.rank == rank]
+            if self._whole and (dtype or self.dtype) == self.dtype == torch.bfloat16:
+                places, _ = layout(self.groups, rank)
+                loose.append(_Loose(rank, places, positions, [factors[i].flat for i in positions]))
+                continue
             flat = self._scratch(rank, len(positions), dtype or self.dtype)
             for place, i in enumerate(positions):
                 flat[place].copy_(factors[i].flat)
@@ -269,7 +250,7 @@ class RowBank:
             store.rows = positions
             every = len(positions) == len(factors)
             parts.append((store, None if every else torch.tensor(positions, device=self.device)))
-        return Acting(tuple(parts))
+        return Acting(tuple(parts), tuple(loose))
 
     def add(self, acting: Acting, group: int, x: Tensor, outputs: Sequence[Tensor]) -> None:
         """outputs[i] += (x Aᵢᵀ) Bᵢᵀ for every row, in place.
@@ -280,7 +261,16 @@ class RowBank:
             x: ``[b, L, n]``.
             outputs: ``[b, L, m]`` of each module of the group, in any dtype.
         """
-        for store, positions in acting.parts:
+        parts = list(acting.parts)
+        for rows in acting.loose:
+            if self._kernel is not None and self._kernel.takes_prompts(x, rows.flats, outputs):
+                place = rows.places[group]
+                self._kernel.add_prompts(rows.flats, rows.positions, x, outputs, rows.rank, place.A, place.B)
+            else:
+                store = _Store(rows.rank, self.groups, torch.stack(tuple(rows.flats)))
+                store.rows = list(rows.positions)
+                parts.append((store, torch.tensor(rows.positions, device=self.device)))
+        for store, positions in parts:
             A, Bs = store.views[group]
             used, dtype = len(store.rows), store.flat.dtype
             if self._kernel is not None and self._kernel.takes(x, store.flat, outputs):
@@ -301,12 +291,12 @@ class RowBank:
         """Memory for ``rows`` rows, kept: to take it anew costs as much as to fill it."""
         kept = self._kept.get(rank)
         if kept is None or len(kept) < rows or kept.dtype != dtype:
-            _, size = _layout(self.groups, rank)
+            _, size = layout(self.groups, rank)
             kept = self._kept[rank] = torch.empty(rows, size, dtype=dtype, device=self.device)
         return kept
 
     def _room_of(
-        self, flat: Tensor, places: Sequence[_Place], path: str, rank: int, at: int, r: int
+        self, flat: Tensor, places: Sequence[Place], path: str, rank: int, at: int, r: int
     ) -> tuple[Tensor, Tensor]:
         """Views into ``flat`` of ranks ``at`` to ``at + r`` of a module: A ``[r, n]`` and B ``[r, m]``."""
         g, i = self._group_of[path]
@@ -335,34 +325,3 @@ class RowBank:
                 f"adapter {name!r} has an update of shape {shape} for {path!r}, which is {ours}. It belongs to another "
                 "base"
             )
-
-
-def _layout(groups: Sequence[Group], rank: int) -> tuple[list[_Place], int]:
-    """Where each group's factors lie, and the length of a flat piece."""
-    places, at = [], 0
-    for group in groups:
-        A = at
-        at += group.inputs * rank * len(group.paths)
-        Bs = []
-        for m in group.outputs:
-            Bs.append(at)
-            at += rank * m
-        places.append(_Place(A, tuple(Bs)))
-    return places, at
-
-
-def _rounded(rank: int) -> int:
-    """Up to ``SMALLEST`` times a power of two; 0 stays."""
-    rounded = SMALLEST if rank else 0
-    while rounded < rank:
-        rounded *= 2
-    return rounded
-
-
-def groups_of(shapes: Mapping[str, tuple[int, int]]) -> tuple[Group, ...]:
-    """A group for each module, where nothing is known about shared inputs.
-
-    Args:
-        shapes: module path → ``(m, n)``.
-    """
-    return tuple(Group((path,), n, (m,)) for path, (m, n) in shapes.items())

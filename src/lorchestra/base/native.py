@@ -20,7 +20,7 @@ from pathlib import Path
 from lorchestra.base.home import home
 from lorchestra.errors import UserError
 
-LANES = Path(__file__).with_name("lanes.h")
+LANES, TILES = Path(__file__).with_name("lanes.h"), Path(__file__).with_name("tiles.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from lorchestra.bank.rows import Acting, Group, RowBank
+from lorchestra.bank.factors import Group
+from lorchestra.bank.rows import Acting, RowBank
 from lorchestra.serve.embedded.linear import Linear
 from lorchestra.serve.embedded.pieces import COMPILED, Compiled, Heads, Pieces, Stock
 from lorchestra.serve.embedded.single import Single, copied, fits
@@ -136,7 +137,7 @@ class LlamaDecoder:
     @torch.inference_mode()
     def early_states(self, ids: Tensor, step: Reading, bank: RowBank, layers: int) -> Tensor:
         """The base's own states; as :class:`~lorchestra.serve.embedded.scheduler.Decoder`."""
-        x = self._through(ids, step, bank, Acting(()), layers)
+        x = self._through(ids, step, bank, Acting(), layers)
         return self._pieces.norm(x, self.norm) if layers == self.depth else x
 
     def _through(self, ids: Tensor, step: Reading | Decoding, bank: RowBank, acting: Acting, layers: int) -> Tensor:
@@ -150,7 +151,7 @@ class LlamaDecoder:
             if i:
                 x, y = self._pieces.add_norm(x, y, layer.before)
             qkv = layer.qkv(y)
-            if acting.parts:
+            if acting:
                 bank.add(acting, 4 * i, y, torch.split(qkv, [queries, keys, keys], dim=-1))
             q = self._pieces.turn(qkv, rotations, layer.heads, step, i)
             seen = step.seen(i, q).reshape(b, L, queries)
@@ -158,7 +159,7 @@ class LlamaDecoder:
             bank.add(acting, 4 * i + 1, seen, (y,))
             x, y = self._pieces.add_norm(x, y, layer.after)
             both = layer.up(y)
-            if acting.parts:
+            if acting:
                 bank.add(acting, 4 * i + 2, y, both.chunk(2, dim=-1))
             inside = self._pieces.gated(both)
             y = layer.down(inside)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorchestra.bank.factors import groups_of
 from lorchestra.bank.mount import linear_shape
-from lorchestra.bank.rows import Acting, RowBank, groups_of
+from lorchestra.bank.rows import Acting, RowBank
 from lorchestra.errors import UserError
 from lorchestra.serve.embedded.slots import CacheShape, Decoding, Reading
 
@@ -130,7 +131,7 @@ class GenericDecoder:
 
     def _hook(self, index: int) -> Any:
         def add(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-            if self._adding is not None and self._adding[1].parts:
+            if self._adding is not None and self._adding[1]:
                 bank, acting = self._adding
                 bank.add(acting, index, arguments[0], (output,))
             return output

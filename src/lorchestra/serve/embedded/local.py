@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from lorchestra.bank.factors import RowFactors
 from lorchestra.bank.kernel import Kernel
-from lorchestra.bank.rows import RowBank, RowFactors
+from lorchestra.bank.rows import RowBank
 from lorchestra.base.allocator import large_blocks_go_back
 from lorchestra.base.load import Base, load_base
 from lorchestra.errors import LorchestraError, UserError

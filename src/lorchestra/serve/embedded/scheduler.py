@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lorchestra.bank.rows import Acting, Group, RowBank, RowFactors
+from lorchestra.bank.factors import Group, RowFactors
+from lorchestra.bank.rows import Acting, RowBank
 from lorchestra.errors import AdapterError, LorchestraError
 from lorchestra.fusion.groups import matches
 from lorchestra.serve.embedded.generation import Finish, Generation, Produced, Token

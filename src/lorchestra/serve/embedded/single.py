@@ -89,7 +89,7 @@ class Single:
             acting: the row in a bank of :attr:`LlamaDecoder.groups <lorchestra.serve.embedded.decoder.LlamaDecoder>`.
         """
         held = step.alone()
-        if held is None or len(acting.parts) > 1:
+        if held is None or len(acting.parts) > 1 or acting.loose:
             return None
         factors, rank, A, B = None, 0, None, None
         if acting.parts:

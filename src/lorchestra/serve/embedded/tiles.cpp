@@ -1,7 +1,6 @@
-// y = x W' + bias for up to 64 rows of bfloat16 by AMX tiles (Intel SDM 1, chapter 18): weights are read once, in the order
-// of memory. Where the compiler is not told of AMX, or the system does not allow it, `tiles_usable` says so.
+// y = x W' + bias for a few rows of bfloat16 by AMX tiles: weights are read once, in the order of memory.
 //
-// A tile is 16 rows of 64 bytes. W [m, n] lies as tiles [m / 16][n / 32][16 pairs of inputs][16 outputs][2]; the rows that
+// W [m, n] lies as tiles [m / 16][n / 32][16 pairs of inputs][16 outputs][2]; the rows that
 // fill no tile are copied to one. Sums are float32, bias is added to them, and y is rounded once.
 
 #include <algorithm>
@@ -9,27 +8,14 @@
 #include <cstring>
 #include <vector>
 
-#include "lanes.h"
+#include "tiles.h"
 
-#if defined(__AMX_BF16__) && defined(__linux__)
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#if TILES
 
 namespace {
 
-constexpr int64_t SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH;  // rows, inputs, numbers of a tile
-constexpr int64_t PANEL = 96;                                  // outputs for which x stays in the nearest cache
-constexpr int64_t ROWS = 64, FETCHED = 2048;                   // bytes ahead
-
-struct alignas(64) Configuration {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-  Configuration() {
-    for (int i = 0; i < 8; ++i) bytes[i] = 64, rows[i] = SIDE;
-  }
-};
+constexpr int64_t PANEL = 96;                   // outputs for which x stays in the nearest cache
+constexpr int64_t FETCHED = 2048;  // bytes ahead
 
 // Tiles of rows, `upper` and if it is not null `lower`, by two of outputs, whose weights are `first` and `second`.
 template <bool BOTH>
@@ -78,15 +64,15 @@ inline void keep(const float* sums, int64_t rows, const bf16* bias, bf16* y, int
 
 }  // namespace
 
+#endif
+
 extern "C" {
 
-int tiles_usable() {
-  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-}
+int tiles_usable() { return TILES && tiles_allowed(); }
 
-// x [rows, n] and y [rows, m] are whole; rows <= ROWS, n a multiple of DEPTH, m of 2 * SIDE; bias may be null.
+// x [rows, n] and y [rows, m] are whole; n a multiple of DEPTH, m of 2 * SIDE; bias may be null.
 void tiles_multiply(const bf16* x, int64_t rows, const bf16* weight, const bf16* bias, int64_t n, int64_t m, bf16* y) {
+#if TILES
   const int64_t whole = rows / SIDE * SIDE, panels = (m + PANEL - 1) / PANEL;
   static thread_local std::vector<bf16> room;
   room.resize(SIDE * n);
@@ -111,14 +97,8 @@ void tiles_multiply(const bf16* x, int64_t rows, const bf16* weight, const bf16*
         }
     _tile_release();
   }
-}
-}
-
 #else
-
-extern "C" {
-int tiles_usable() { return 0; }
-void tiles_multiply(const bf16*, int64_t, const bf16*, const bf16*, int64_t, int64_t, bf16*) {}
-}
-
+  (void)x, (void)rows, (void)weight, (void)bias, (void)n, (void)m, (void)y;
 #endif
+}
+}

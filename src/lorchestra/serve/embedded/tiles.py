@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorchestra.base.native import library
+from lorchestra.base.native import TILES, library
 
 SOURCE = Path(__file__).with_name("tiles.cpp")
 ROWS = 64  # at most; more are no longer a matter of reading the weights
@@ -63,7 +63,7 @@ class Tiles:
 
 @cache
 def _compiled() -> Any:
-    found = library(SOURCE)
+    found = library(SOURCE, TILES)
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     found.tiles_multiply.restype = None
     found.tiles_multiply.argtypes = [pointer, integer, pointer, pointer, integer, integer, pointer]
