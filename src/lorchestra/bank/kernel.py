@@ -1,8 +1,8 @@
 """Optional compiled kernels for rows of a batch: factors are read once, as they lie, and nothing else is written.
 
 Torch has no batched product that streams bfloat16 factors of one row each on a CPU: it converts, or lays them out anew.
-``rows.cpp`` is for rows of one position, ``prompts.cpp`` for many positions on a processor with AMX; they are compiled when
-they are first asked for (:mod:`lorchestra.base.native`).
+``rows.cpp`` is for rows of one position, ``prompts.cpp`` for many on a processor with AMX; they are compiled when first
+asked for (:mod:`lorchestra.base.native`).
 """
 
 from __future__ import annotations
