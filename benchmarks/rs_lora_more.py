@@ -81,7 +81,7 @@ def against_table(sweep: Sweep, reference: int = 0) -> Iterator[Sequence[str]]:
     against = list(sweep.groups)[reference]
     yield (
         ", ".join(sweep.keys), "validation loss", "over seeds", "test accuracy", "gap", "loss rose",
-        "test accuracy, more", "validation loss, more", "mean training loss, more",
+        "test accuracy, more", "validation loss at the end, more", "mean training loss, more",
     )  # fmt: skip
     for key, row in sweep.rows.items():
         differences = (

@@ -109,6 +109,7 @@ class Kernel:
         """Whether :meth:`add_prompts` can be used: bfloat16 throughout, and sides of whole tiles."""
         return (
             self.tiles
+            and x.device.type == "cpu"
             and x.shape[2] % DEPTH == 0
             and x.stride(2) == 1
             and all(y.stride(2) == 1 and y.shape[2] % DEPTH == 0 for y in outputs)

@@ -64,6 +64,7 @@ inline void project(const Positions& of, const bf16* A, int64_t width, bf16* z) 
     for (int64_t k = 0; k < steps; ++k)
       transpose(reinterpret_cast<const uint32_t*>(A + c * SIDE * of.n + k * DEPTH), of.n / 2,
                 std::min(SIDE, width - c * SIDE), reinterpret_cast<uint32_t*>(packed.data() + (c * steps + k) * TILE));
+  written();
   alignas(64) float sums[SIDE * SIDE];
   const auto keep = [&](int64_t row, int64_t c) {
     for (int64_t i = 0; i < SIDE; ++i)
@@ -109,6 +110,7 @@ inline void expand(const bf16* z, int64_t width, const bf16* B, int64_t rank, in
       std::memcpy(even + p * SIDE, &low, sizeof low);
       std::memcpy(odd + p * SIDE, &high, sizeof high);
     }
+    written();
     for (int64_t row = 0; row < count; row += SIDE) {
       _tile_zero(0);
       _tile_zero(1);
@@ -151,7 +153,7 @@ void add_prompts(const bf16* const* flat, int64_t rows, const int64_t* positions
 #pragma omp parallel
   {
     const Configuration configuration(std::min(rank, DEPTH));
-    _tile_loadconfig(&configuration);
+    configure(configuration);
     std::vector<bf16> z((count + SIDE - 1) / SIDE * SIDE * width);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < rows; ++i) {

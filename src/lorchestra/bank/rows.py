@@ -109,7 +109,8 @@ class RowBank:
         self._where: dict[int, tuple[_Store, int]] = {}  # row → its store and the place there
         self._kept: dict[int, Tensor] = {}  # rank → memory for rows beside
         sides = {side for group in groups for side in (group.inputs, *group.outputs)}
-        self._whole = kernel is not None and kernel.tiles and not any(side % DEPTH for side in sides)
+        here = self.device.type == "cpu" and kernel is not None and kernel.tiles
+        self._whole = here and not any(side % DEPTH for side in sides)
 
     def factors(self, name: str, adapter: Adapter) -> RowFactors:
         """Lay an adapter out for a row.

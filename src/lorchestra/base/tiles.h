@@ -7,7 +7,7 @@
 
 #include "lanes.h"
 
-#if defined(__AMX_BF16__) && defined(__linux__)
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
 #define TILES 1
 
 #include <immintrin.h>
@@ -30,6 +30,18 @@ struct alignas(64) Configuration {
     rows[7] = static_cast<uint8_t>(depth / 2);
   }
 };
+
+// GCC's own function tells it of the first eight bytes alone, so that it may leave the others unwritten.
+inline void configure(const Configuration& as) {
+#if defined(__clang__)
+  _tile_loadconfig(&as);
+#else
+  asm volatile("ldtilecfg %0" : : "m"(as) : "memory");
+#endif
+}
+
+// What was written is in memory before tiles are loaded from it, of which compilers are not told either.
+inline void written() { asm volatile("" : : : "memory"); }
 
 inline bool tiles_allowed() {
   constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;

@@ -277,6 +277,29 @@ def test_a_step_that_fails_tells_those_in_it_and_the_engine_goes_on(here, caplog
     assert world.holds_nothing()
 
 
+@pytest.mark.parametrize("where", ["_slots.begin", "_bank.put"])
+def test_memory_that_is_missing_where_an_answer_begins_is_told_and_nothing_is_held(here, caplog, where):
+    world = here
+    holder, name = where.split(".")
+    held = getattr(world.core._scheduler, holder)
+    whole = getattr(held, name)
+
+    def broken(*arguments):
+        setattr(held, name, whole)
+        raise MemoryError
+
+    async def work():
+        setattr(held, name, broken)
+        with pytest.raises(StoppingError, match="MemoryError"):
+            await collected(world.engine, world.generation({"a1": 1.0}, range(4, 9)))
+        assert not world.core._scheduler.running
+        assert not world.core._bank._where
+        return await collected(world.engine, world.generation({"a1": 1.0}, range(4, 9)))
+
+    same(world.run(work), asyncio.run(world.expected(world.generation({"a1": 1.0}, range(4, 9)))))
+    assert world.holds_nothing()
+
+
 def test_a_model_that_fails_every_step_is_not_ready(here, caplog):
     world = here
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from lorchestra.serve.embedded.slots import CacheShape, Slots
@@ -85,3 +86,48 @@ def test_an_empty_store_is_no_part_of_a_step():
     torch.testing.assert_close(attended(held, q, k, v)[0].double(), right, rtol=1e-5, atol=1e-5)
     held.release(1)
     assert held.order() == []
+
+
+def test_what_is_kept_stays_within_the_budget():
+    """A burst of short ones, then long ones that take all of it: nothing of the first is held beside them."""
+    slot = SHAPE.bytes(256, torch.float32)
+    held = slots(budget=8 * slot)
+    for row in range(8):
+        begun(held, row, drawn(3), drawn(3))
+    assert not held.fits(200)
+    assert held._held <= 8 * slot  # doubled to eight, not beyond
+    for row in range(8):
+        held.release(row)
+    assert held.reserved == 0
+    for row in (8, 9):
+        assert held.fits(1000)
+        held.take(row, 1000, 1024)
+        assert held._held <= 8 * slot
+    assert list(held._stores) == []
+    for row in (8, 9):
+        held.release(row)
+    begun(held, 10, drawn(3), drawn(3))
+    assert held.order() == [10]
+
+
+def test_room_grows_to_the_budget_and_no_further():
+    held = slots(budget=5 * SHAPE.bytes(256, torch.float32))
+    for row in range(5):
+        begun(held, row, drawn(3), drawn(3))
+    assert held._stores[256].room == 5
+
+
+def test_a_sequence_that_finds_no_memory_still_has_its_prompt(monkeypatch):
+    held = slots()
+    begun(held, 0, drawn(3), drawn(3))
+    held.take(1, 3, 200)
+
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("lorchestra.serve.embedded.slots._Store.append", full)
+    with pytest.raises(MemoryError):
+        held.begin(1)
+    held.release(1)
+    assert held.order() == [0]
+    assert held.reserved == SHAPE.bytes(256, torch.float32)

@@ -65,10 +65,9 @@ class LlamaDecoder:
         self.shape = CacheShape(config.num_hidden_layers, self.heads, self.width)
         alike = all(value.dtype == self.dtype for value in inner.parameters())
         compiled = kernel and alike and self.device.type == "cpu" and self.dtype in COMPILED
-        linears = [p for p in inner.layers.parameters() if p.dim() == 2]
-        linears += [] if model.lm_head.weight is self.embedding else [model.lm_head.weight]
+        linears, head = [p for p in inner.layers.parameters() if p.dim() == 2], model.lm_head.weight
         free = psutil.virtual_memory().available if compiled else 0
-        tiles = fits(linears, free, copies=2)
+        tiles = fits([*linears, *linears, head], free)  # beside the copy for a sequence that is alone
         sizes = (heads * self.width, self.heads * self.width, self.heads * self.width)
         groups: list[Group] = []
         self.layers = []
@@ -102,7 +101,7 @@ class LlamaDecoder:
         sine = torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
         described = Heads(self.heads, self.group, self.width, config.rms_norm_eps, cos[0].contiguous(), sine)
         self._pieces: Pieces = Compiled(described) if compiled else Stock(described)
-        small = Single.takes(described) and fits(linears, free)
+        small = Single.takes(described) and fits(linears if head is self.embedding else [*linears, head], free)
         plain_head = model.lm_head.weight.dtype == self.dtype and model.lm_head.bias is None
         self._single = (
             Single(described, [_weights(layer) for layer in inner.layers], model.lm_head.weight)

@@ -260,24 +260,32 @@ class Scheduler:
         ends = [hidden[i, counts[i] - 1] for i, _ in ready]
         begun = []
         for _, one in ready:
-            self._reading.remove(one)
             if one.scored:
                 one.emit(Produced(prompt=tuple(one.scored)))
             if one.generation.sampling.max_tokens == 0:
                 self._finish(one, (), "length")
                 begun.append(False)
                 continue
-            self._slots.begin(one.row)
-            if one.factors is not None:
-                self._bank.put(one.row, one.factors)
-            one.factors = None
-            self._decoding[one.row] = one
+            self._begin(one)
             self._acting = None
             begun.append(True)
         left = [one for (_, one), goes in zip(ready, begun, strict=True) if goes]
         if left:
             chosen_ends = [end for end, goes in zip(ends, begun, strict=True) if goes]
             self._choose(left, self._decoder.logits(torch.stack(chosen_ends)))
+
+    def _begin(self, one: Running) -> None:
+        """Its prompt is read: it decodes from now on, or, for want of memory, it still reads and holds what it held."""
+        if one.factors is not None:
+            self._bank.put(one.row, one.factors)
+        try:
+            self._slots.begin(one.row)
+        except BaseException:
+            self._bank.clear(one.row)
+            raise
+        one.factors = None
+        self._reading.remove(one)
+        self._decoding[one.row] = one
 
     def _chunk(self) -> tuple[list[Running], int]:
         """Prompts for one pass, and L: the oldest, and with it those of about its length, so that little is padding."""

@@ -121,9 +121,9 @@ class Single:
         return out
 
 
-def fits(weights: Sequence[Tensor], free: int, copies: int = 1) -> bool:
-    """Whether more copies of ``weights`` take no more than an eighth of ``free`` bytes of memory."""
-    return 8 * copies * sum(weight.numel() * weight.element_size() for weight in weights) <= free
+def fits(weights: Sequence[Tensor], free: int) -> bool:
+    """Whether copies of ``weights`` take no more than an eighth of ``free`` bytes of memory."""
+    return 8 * sum(weight.numel() * weight.element_size() for weight in weights) <= free
 
 
 def copied(*modules: Any) -> tuple[Tensor, Tensor | None]:

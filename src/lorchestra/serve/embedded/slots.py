@@ -11,6 +11,7 @@ d head width.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -64,12 +65,17 @@ class _Store:
 
     @property
     def full(self) -> bool:
-        return len(self.rows) == self.data.shape[1]
+        return len(self.rows) == self.room
 
-    def append(self, row: int, prompt: Tensor) -> None:
-        place, room, read = len(self.rows), self.data.shape[1], prompt.shape[1]
+    @property
+    def room(self) -> int:
+        return self.data.shape[1]
+
+    def append(self, row: int, prompt: Tensor, most: int) -> None:
+        """Room is doubled when it is used up, but not beyond ``most`` unless it must be."""
+        place, room, read = len(self.rows), self.room, prompt.shape[1]
         if place == room:
-            more = self.data.new_empty(len(self.data), 2 * room, *self.data.shape[2:])
+            more = self.data.new_empty(len(self.data), max(room + 1, min(2 * room, most)), *self.data.shape[2:])
             more[:, :room].copy_(self.data)
             self.data = more
         self.data[:, place, :read].copy_(prompt)
@@ -316,6 +322,14 @@ class Slots:
         """Bytes that are taken."""
         return self.shape.bytes(sum(self._reserved.values()), self.dtype)
 
+    @property
+    def _held(self) -> int:
+        """Bytes of stores, those of sequences that begin one day included."""
+        rows = Counter(self._reserved.values())
+        for length, store in self._stores.items():
+            rows[length] = max(rows[length], store.room)
+        return self.shape.bytes(sum(length * count for length, count in rows.items()), self.dtype)
+
     def fits(self, length: int) -> bool:
         """Whether there is room for a sequence of ``length`` now; for one alone there always is."""
         more = self.shape.bytes(self.slot(length), self.dtype)
@@ -331,6 +345,9 @@ class Slots:
     def take(self, row: int, prompt: int, length: int) -> None:
         """Begin a sequence with ``prompt`` positions to read, that may become ``length`` long."""
         self._reserved[row] = self.slot(length)
+        for other in [length for length, store in self._stores.items() if not store.rows]:
+            if self._held > self.budget:
+                del self._stores[other]
         self._prompts[row] = self.shape.empty(1, prompt, dtype=self.dtype, device=self.device)[:, 0]
 
     def reading(
@@ -341,14 +358,14 @@ class Slots:
 
     def begin(self, row: int) -> None:
         """Its prompt is read: it decodes from now on."""
-        prompt = self._prompts.pop(row)
-        length = self._reserved[row]
+        prompt, length = self._prompts[row], self._reserved[row]
         store = self._stores.get(length)
         if store is None or store.full:  # others that are empty make room
             self._stores = {other: kept for other, kept in self._stores.items() if kept.rows or kept is store}
         if store is None:
             store = self._stores[length] = _Store(self.shape, length, self.dtype, self.device)
-        store.append(row, prompt)
+        store.append(row, prompt, self.budget // self.shape.bytes(length, self.dtype))
+        del self._prompts[row]
 
     def order(self) -> list[int]:
         """Rows that decode, in the order of :meth:`decoding`'s batch."""

@@ -77,12 +77,13 @@ void tiles_multiply(const bf16* x, int64_t rows, const bf16* weight, const bf16*
   static thread_local std::vector<bf16> room;
   room.resize(SIDE * n);
   std::memcpy(room.data(), x + whole * n, (rows - whole) * n * sizeof(bf16));  // what is left there of others is not kept
+  written();
   const bf16* rest = room.data();
   const auto tile = [&](int64_t row) { return row < whole ? x + row * n : rest; };
 #pragma omp parallel
   {
     const Configuration configuration;
-    _tile_loadconfig(&configuration);
+    configure(configuration);
     alignas(64) float sums[4 * SIDE * SIDE];
 #pragma omp for schedule(static)
     for (int64_t panel = 0; panel < panels; ++panel)
