@@ -58,7 +58,7 @@ def check(found, members, x_of, row, tolerance=2**-7):
 
 
 @pytest.mark.parametrize("ranks", [(8, 8, 8), (5, 16, 20), (33, 64, 8)])
-@pytest.mark.parametrize("length", [1, 8, 16, 17, 48, 65])
+@pytest.mark.parametrize("length", [1, 8, 16, 17, 48, 65, 530])
 def test_every_prompt_is_changed_by_its_own_adapter(kernel, ranks, length):
     bank = RowBank(GROUPS, dtype=torch.bfloat16, kernel=kernel)
     held = [adapter(rank, seed) for seed, rank in enumerate(ranks)]

@@ -15,6 +15,8 @@
 
 namespace {
 
+constexpr int64_t SPAN = 256;  // positions of a prompt that one thread takes
+
 // 16 x 16 words from rows `pitch` words apart, transposed: rows become columns.
 inline void transpose(const uint32_t* from, int64_t pitch, int64_t rows, uint32_t* to) {
   __m512i r[16], t[16];
@@ -154,14 +156,16 @@ void add_prompts(const bf16* const* flat, int64_t rows, const int64_t* positions
   {
     const Configuration configuration(std::min(rank, DEPTH));
     configure(configuration);
-    std::vector<bf16> z((count + SIDE - 1) / SIDE * SIDE * width);
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < rows; ++i) {
-      const Positions of(x + positions[i] * x_row, x_pitch, count, n);
-      project(of, flat[i] + A, width, z.data());
-      for (int64_t j = 0; j < modules; ++j)
-        expand(z.data() + j * rank, width, flat[i] + B[j], rank, m[j], count, y[j] + positions[i] * y_row[j], y_pitch[j]);
-    }
+    std::vector<bf16> z((std::min(count, SPAN) + SIDE - 1) / SIDE * SIDE * width);
+#pragma omp for schedule(dynamic) collapse(2)
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t from = 0; from < count; from += SPAN) {
+        const int64_t some = std::min(SPAN, count - from);
+        project(Positions(x + positions[i] * x_row + from * x_pitch, x_pitch, some, n), flat[i] + A, width, z.data());
+        for (int64_t j = 0; j < modules; ++j)
+          expand(z.data() + j * rank, width, flat[i] + B[j], rank, m[j], some,
+                 y[j] + positions[i] * y_row[j] + from * y_pitch[j], y_pitch[j]);
+      }
     _tile_release();
   }
 #else
