@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorchestra.serve.embedded.slots import CacheShape, Slots
+from lorchestra.serve.embedded.cache import CacheShape
+from lorchestra.serve.embedded.slots import Slots
 
 SHAPE = CacheShape(layers=1, heads=2, width=16)
 LONG = 300  # positions: another store than SHORTEST
@@ -125,7 +126,7 @@ def test_a_sequence_that_finds_no_memory_still_has_its_prompt(monkeypatch):
     def full(*_):
         raise MemoryError
 
-    monkeypatch.setattr("lorchestra.serve.embedded.slots._Store.append", full)
+    monkeypatch.setattr("lorchestra.serve.embedded.cache.Store.append", full)
     with pytest.raises(MemoryError):
         held.begin(1)
     held.release(1)

@@ -19,10 +19,11 @@ from torch.nn.functional import embedding
 
 from lorchestra.bank.factors import Group
 from lorchestra.bank.rows import Acting, RowBank
+from lorchestra.serve.embedded.cache import CacheShape
 from lorchestra.serve.embedded.linear import Linear
 from lorchestra.serve.embedded.pieces import COMPILED, Compiled, Heads, Pieces, Stock
 from lorchestra.serve.embedded.single import Single, copied, fits
-from lorchestra.serve.embedded.slots import CacheShape, Decoding, Reading
+from lorchestra.serve.embedded.slots import Decoding, Reading
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 

@@ -17,7 +17,8 @@ from lorchestra.bank.factors import groups_of
 from lorchestra.bank.mount import linear_shape
 from lorchestra.bank.rows import Acting, RowBank
 from lorchestra.errors import UserError
-from lorchestra.serve.embedded.slots import CacheShape, Decoding, Reading
+from lorchestra.serve.embedded.cache import CacheShape
+from lorchestra.serve.embedded.slots import Decoding, Reading
 
 ATTENTION = "lorchestra_slots"
 ZERO = "fit the gate on features of 0 layers (--layers 0)"

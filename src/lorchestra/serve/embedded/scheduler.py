@@ -19,10 +19,11 @@ from lorchestra.bank.factors import Group, RowFactors
 from lorchestra.bank.rows import Acting, RowBank
 from lorchestra.errors import AdapterError, LorchestraError
 from lorchestra.fusion.groups import matches
+from lorchestra.serve.embedded.cache import CacheShape
 from lorchestra.serve.embedded.generation import Finish, Generation, Produced, Token
 from lorchestra.serve.embedded.residents import Residents
 from lorchestra.serve.embedded.sampler import Draws, NotFiniteError, choose, score
-from lorchestra.serve.embedded.slots import CacheShape, Decoding, Reading, Slots
+from lorchestra.serve.embedded.slots import Decoding, Reading, Slots
 from lorchestra.serve.engine import Observer
 from lorchestra.serve.fair import FairQueue
 

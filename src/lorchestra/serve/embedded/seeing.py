@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lorchestra.bank.rows import RowBank
 from lorchestra.errors import UserError
+from lorchestra.serve.embedded.cache import CacheShape
 from lorchestra.serve.embedded.scheduler import ALONE, SHAPE, Decoder
-from lorchestra.serve.embedded.slots import CacheShape, Slots
+from lorchestra.serve.embedded.slots import Slots
 
 
 class Sight:
