@@ -13,8 +13,10 @@ RSLORA = {**LORA, "lora.scaling": "rslora"}
 
 
 @pytest.fixture(scope="module")
-def rs_lora(script):
-    return script("rs_lora")
+def rs_lora(script, benchmarks):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(benchmarks))
+        return script("rs_lora")
 
 
 @pytest.fixture(scope="module")
