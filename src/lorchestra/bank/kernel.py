@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lorchestra.bank.factors import Place
 from lorchestra.base.native import TILES, library
 
 SOURCE, HEADER = Path(__file__).with_name("rows.cpp"), Path(__file__).with_name("rows.h")
@@ -71,8 +72,7 @@ class Kernel:
         x: Tensor,
         outputs: Sequence[Tensor],
         rank: int,
-        A: int,
-        B: Sequence[int],
+        place: Place,
     ) -> None:
         """Add to ``outputs`` in place.
 
@@ -83,8 +83,7 @@ class Kernel:
             x: ``[b, 1, n]``.
             outputs: ``[b, 1, m]`` of each module.
             rank: R.
-            A: where A ``[modules·R, n]`` begins in a row of ``flat``.
-            B: where B ``[R, m]`` of each module begins.
+            place: of the modules in a row of ``flat``.
         """
         modules = len(outputs)
         integers = ctypes.c_int64 * modules
@@ -100,8 +99,8 @@ class Kernel:
             integers(*[y.stride(0) for y in outputs]),
             rank,
             modules,
-            A,
-            integers(*B),
+            place.A,
+            integers(*place.B),
             integers(*[y.shape[2] for y in outputs]),
         )
 
@@ -123,8 +122,7 @@ class Kernel:
         x: Tensor,
         outputs: Sequence[Tensor],
         rank: int,
-        A: int,
-        B: Sequence[int],
+        place: Place,
     ) -> None:
         """Add to ``outputs`` in place; arguments as of :meth:`add`, but for these.
 
@@ -150,7 +148,7 @@ class Kernel:
             integers(*[y.stride(1) for y in outputs]),
             rank,
             modules,
-            A,
-            integers(*B),
+            place.A,
+            integers(*place.B),
             integers(*[y.shape[2] for y in outputs]),
         )

@@ -25,15 +25,15 @@ void add(const F* flat, int64_t pitch, int64_t rows, const int64_t* positions, c
       for (int64_t s = 0; s < count; ++s) {
         own[s] = flat + (first + s) * pitch;
         at[s] = positions ? positions[first + s] : first + s;
-        widen(x + at[s] * x_pitch, n, wide_x.data() + s * n);
+        convert(x + at[s] * x_pitch, n, wide_x.data() + s * n);
       }
       const auto to = [&](int64_t s, int64_t i) { return y[i] + at[s] * y_pitch[i]; };
       if (count == STREAMS) {
-        add_updates_of_four<F, X>(own, rank, of, wide_x.data(), n, to, room.data());
+        add_updates_of_four(own, rank, of, wide_x.data(), n, to, room.data());
         continue;
       }
       for (int64_t s = 0; s < count; ++s)
-        add_updates<F, X>(own[s], rank, of, wide_x.data() + s * n, n, [&](int64_t i) { return to(s, i); }, room.data());
+        add_updates(own[s], rank, of, wide_x.data() + s * n, n, [&](int64_t i) { return to(s, i); }, room.data());
     }
   }
 }

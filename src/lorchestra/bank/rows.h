@@ -12,7 +12,7 @@
 
 namespace {
 
-// z[s] = A[s] x[s], of A [width, n]; x is wide (lanes.h: widen).
+// z[s] = A[s] x[s], of A [width, n]; x is wide (lanes.h: convert).
 template <class F>
 inline void project(const float* const* x, const F* const* A, int64_t n, int64_t width, float* z) {
   for (int64_t j = 0; j < width; ++j) {
@@ -66,7 +66,7 @@ struct Modules {
 };
 
 // Of one row, whose factors are read as four pieces. x [n] is wide; y(i) is where module i's output is.
-template <class F, class X, class Y>
+template <class F, class Y>
 inline void add_updates(const F* own, int64_t rank, const Modules& of, const float* x, int64_t n, Y y, float* room) {
   const int64_t width = of.count * rank, part = width / STREAMS, ranks = rank / STREAMS;
   float *z = room, *sum = room + width;
@@ -76,16 +76,16 @@ inline void add_updates(const F* own, int64_t rank, const Modules& of, const flo
   for (int s = 0; s < STREAMS; ++s) from[s] = x, to[s] = sum, at[s] = own + of.A + s * part * n;
   project(from, at, n, part, z);
   for (int64_t i = 0; i < of.count; ++i) {
-    X* out = y(i);
+    auto* out = y(i);
     for (int s = 0; s < STREAMS; ++s) at[s] = own + of.B[i] + s * ranks * of.m[i];
-    widen(out, of.m[i], sum);
+    convert(out, of.m[i], sum);
     expand(z + i * rank, ranks, at, ranks, of.m[i], to);
-    narrow(sum, of.m[i], out);
+    convert(sum, of.m[i], out);
   }
 }
 
 // Of four rows; x [4, n] is wide, y(s, i) is where row s has module i's output.
-template <class F, class X, class Y>
+template <class F, class Y>
 inline void add_updates_of_four(const F* const* own, int64_t rank, const Modules& of, const float* x, int64_t n, Y y,
                                 float* room) {
   const int64_t width = of.count * rank, widest = of.widest();
@@ -96,9 +96,9 @@ inline void add_updates_of_four(const F* const* own, int64_t rank, const Modules
   for (int s = 0; s < STREAMS; ++s) from[s] = x + s * n, to[s] = sums + s * widest, at[s] = own[s] + of.A;
   project(from, at, n, width, z);
   for (int64_t i = 0; i < of.count; ++i) {
-    for (int s = 0; s < STREAMS; ++s) at[s] = own[s] + of.B[i], widen<X>(y(s, i), of.m[i], to[s]);
+    for (int s = 0; s < STREAMS; ++s) at[s] = own[s] + of.B[i], convert(y(s, i), of.m[i], to[s]);
     expand(z + i * rank, width, at, rank, of.m[i], to);
-    for (int s = 0; s < STREAMS; ++s) narrow<X>(to[s], of.m[i], y(s, i));
+    for (int s = 0; s < STREAMS; ++s) convert(to[s], of.m[i], y(s, i));
   }
 }
 

@@ -266,7 +266,7 @@ class RowBank:
         for rows in acting.loose:
             if self._kernel is not None and self._kernel.takes_prompts(x, rows.flats, outputs):
                 place = rows.places[group]
-                self._kernel.add_prompts(rows.flats, rows.positions, x, outputs, rows.rank, place.A, place.B)
+                self._kernel.add_prompts(rows.flats, rows.positions, x, outputs, rows.rank, place)
             else:
                 store = _Store(rows.rank, self.groups, torch.stack(tuple(rows.flats)))
                 store.rows = list(rows.positions)
@@ -276,7 +276,7 @@ class RowBank:
             used, dtype = len(store.rows), store.flat.dtype
             if self._kernel is not None and self._kernel.takes(x, store.flat, outputs):
                 place = store.places[group]
-                self._kernel.add(store.flat, used, positions, x, outputs, store.rank, place.A, place.B)
+                self._kernel.add(store.flat, used, positions, x, outputs, store.rank, place)
                 continue
             z = torch.bmm((x if positions is None else x[positions]).to(dtype), A[:used])
             for i, (y, B) in enumerate(zip(outputs, Bs, strict=True)):

@@ -98,27 +98,16 @@ inline void store_pair(floats16 one, floats16 two, bf16* out) {
   std::memcpy(out, &both, sizeof both);
 }
 
-// Wide numbers in the order of pairs; those after the last whole pair as they are. And back.
-template <class X>
-inline void widen(const X* x, int64_t n, float* out) {
+// Numbers of one dtype as those of another: wide ones lie in the order of pairs, but for those after the last whole pair.
+template <class From, class To>
+inline void convert(const From* from, int64_t n, To* to) {
   floats16 one, two;
   int64_t j = 0;
   for (; j + PAIR <= n; j += PAIR) {
-    load_pair(x + j, &one, &two);
-    store_pair(one, two, out + j);
+    load_pair(from + j, &one, &two);
+    store_pair(one, two, to + j);
   }
-  for (; j < n; ++j) out[j] = wide(x[j]);
-}
-
-template <class X>
-inline void narrow(const float* x, int64_t n, X* out) {
-  floats16 one, two;
-  int64_t j = 0;
-  for (; j + PAIR <= n; j += PAIR) {
-    load_pair(x + j, &one, &two);
-    store_pair(one, two, out + j);
-  }
-  for (; j < n; ++j) narrow(x[j], out + j);
+  for (; j < n; ++j) narrow(wide(from[j]), to + j);
 }
 
 inline float total(floats16 value) {

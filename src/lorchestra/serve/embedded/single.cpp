@@ -13,7 +13,7 @@
 
 namespace {
 
-// out = W x + bias, all threads of a parallel region together; x is wide (lanes.h: widen).
+// out = W x + bias, all threads of a parallel region together; x is wide (lanes.h: convert).
 template <class X>
 inline void multiply(const X* weight, const X* bias, const float* x, int64_t n, int64_t m, X* out) {
   const int64_t part = (m + STREAMS - 1) / STREAMS;
@@ -68,7 +68,7 @@ struct Pass {
     const int64_t* m = acting.m + FIRST[group];
     const Modules modules{COUNT[group], acting.A[layer * GROUPS + group], acting.B + layer * MODULES + FIRST[group], m};
     const auto at = [&](int64_t i) { return y + std::accumulate(m, m + i, int64_t{0}); };
-    add_updates<X, X>(acting.factors, acting.rank, modules, x, n, at, room);
+    add_updates(acting.factors, acting.rank, modules, x, n, at, room);
   }
 
   int64_t room_for_updates() const {
@@ -93,7 +93,7 @@ struct Pass {
         {
           if (i) add_row(x, y.data(), hidden);
           norm_row(x, layer.before, hidden, of.epsilon, y.data());
-          widen(y.data(), hidden, full.data());
+          convert(y.data(), hidden, full.data());
         }
         multiply(layer.qkv, layer.qkv_bias, full.data(), hidden, qkv_n, qkv.data());
 #pragma omp single
@@ -106,21 +106,21 @@ struct Pass {
           attend_head<X>(qkv.data() + head * group * width, slot, at, of.heads, head, group, width, scale, 0, nullptr,
                          seen.data() + head * group * width, room);
 #pragma omp single
-        widen(seen.data(), seen_n, full.data());
+        convert(seen.data(), seen_n, full.data());
         multiply(layer.out, layer.out_bias, full.data(), seen_n, hidden, y.data());
 #pragma omp single
         {
           update(i, 1, full.data(), seen_n, y.data(), changed.data());
           add_row(x, y.data(), hidden);
           norm_row(x, layer.after, hidden, of.epsilon, y.data());
-          widen(y.data(), hidden, full.data());
+          convert(y.data(), hidden, full.data());
         }
         multiply(layer.up, layer.up_bias, full.data(), hidden, 2 * inside, both.data());
 #pragma omp single
         {
           update(i, 2, full.data(), hidden, both.data(), changed.data());
           gated_row(both.data(), inside, gate.data());
-          widen(gate.data(), inside, full.data());
+          convert(gate.data(), inside, full.data());
         }
         multiply(layer.down, layer.down_bias, full.data(), inside, hidden, y.data());
 #pragma omp single
@@ -134,7 +134,7 @@ struct Pass {
 template <class X>
 void product(const X* weight, const X* x, int64_t n, int64_t m, X* out) {
   std::vector<float> full(n);
-  widen(x, n, full.data());
+  convert(x, n, full.data());
 #pragma omp parallel
   multiply<X>(weight, nullptr, full.data(), n, m, out);
 }
